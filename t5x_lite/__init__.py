@@ -1,0 +1,1 @@
+"""Pretrain, fine-tune, evaluate and ship Transformers of all three families, in JAX."""

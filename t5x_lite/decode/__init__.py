@@ -1,0 +1,1 @@
+"""Generation over an explicit key-value cache."""

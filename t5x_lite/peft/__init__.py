@@ -1,0 +1,1 @@
+"""Fine-tuning as transforms of the parameter tree."""
