@@ -7,7 +7,7 @@ EXTRAS = {
     "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2", "seqeval>=1.2"],
     "studies": ["matplotlib>=3.8"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"],
-    "dev": ["ruff==0.15.*", "mypy>=1.18"],
+    "dev": ["ruff==0.17.6", "mypy==2.4.1"],
 }
 
 setup(

@@ -1,0 +1,76 @@
+"""The only readers of parameters: projections, lookups and tied logits.
+
+A weight is an array, or a `StructuredWeight`: a small pytree node (a low-rank update beside its
+base, a quantised kernel) that knows how to be multiplied by. Layers call the three functions here
+and never look inside, so a fine-tuning transform swaps leaves and no layer changes.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t5x_lite.types import Array
+
+
+class StructuredWeight(abc.ABC):
+    """A parameter that is more than one array. Subclasses are pytrees, their base leaf first.
+
+    Linen checks a parameter's shape against its first leaves only, which is what lets a node stand
+    where an initialiser declared an array.
+    """
+
+    @abc.abstractmethod
+    def project(self, x: Array, in_axes: int) -> Array:
+        """`x [..., in] -> [..., out]`; see `project`."""
+
+    @abc.abstractmethod
+    def lookup(self, ids: Array, dtype: Any) -> Array:
+        """Rows of an embedding; see `lookup`."""
+
+    @abc.abstractmethod
+    def attend(self, x: Array) -> Array:
+        """`x` against every row of an embedding; see `attend`."""
+
+
+def project(x: Array, kernel: Array | StructuredWeight, in_axes: int = 1) -> Array:
+    """`x` times `kernel`, in `x`'s dtype.
+
+    Args:
+      x: `[..., *in]`, with `in_axes` trailing dimensions to contract.
+      kernel: `[*in, *out]`.
+      in_axes: how many leading dimensions of the kernel are inputs: 1 for a projection from the
+        embedding, 2 for one from `[heads, kv]`.
+
+    Returns:
+      `[..., *out]`.
+    """
+    if isinstance(kernel, StructuredWeight):
+        return kernel.project(x, in_axes)
+    x_axes = tuple(range(x.ndim - in_axes, x.ndim))
+    return jax.lax.dot_general(
+        x, kernel.astype(x.dtype), ((x_axes, tuple(range(in_axes))), ((), ()))
+    )
+
+
+def lookup(ids: Array, embedding: Array | StructuredWeight, dtype: Any) -> Array:
+    """Rows `ids [...]` of `embedding [vocab, embed]`, as `[..., embed]` of `dtype`.
+
+    A gather, not a one-hot product: at T5 small's shapes the product alone costs a quarter of the
+    step. Ids outside the vocabulary are the caller's error and give NaN.
+    """
+    if isinstance(embedding, StructuredWeight):
+        return embedding.lookup(ids, dtype)
+    return jnp.take(embedding, ids, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
+
+
+def attend(x: Array, embedding: Array | StructuredWeight) -> Array:
+    """Tied logits: `x [..., embed]` against `embedding [vocab, embed]`, as `[..., vocab]`."""
+    if isinstance(embedding, StructuredWeight):
+        return embedding.attend(x)
+    return jax.lax.dot_general(
+        x, embedding.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ()))
+    )
