@@ -76,7 +76,7 @@ def random_segmentation(num_items: int, num_segments: int, rng: np.random.Genera
         starts     1 0 0 1 0 1 0      the first is always one
         lengths    [3, 2, 2]
     """
-    bounds = np.empty(num_segments + 1, dtype=np.int64)
+    bounds: np.ndarray = np.empty(num_segments + 1, dtype=np.int64)
     bounds[0], bounds[-1] = 0, num_items
     bounds[1:-1] = 1 + np.sort(rng.permutation(num_items - 1)[: num_segments - 1])
     return bounds[1:] - bounds[:-1]
@@ -98,7 +98,9 @@ def random_spans_noise_mask(
     if length < 1:
         return np.zeros(0, dtype=bool)
     noise_tokens, spans = noise_counts(length, noise_density, mean_span_length)
-    lengths = np.empty(2 * spans, dtype=np.int64)  # of kept, noise, kept, noise ... spans
+    lengths: np.ndarray = np.empty(
+        2 * spans, dtype=np.int64
+    )  # of kept, noise, kept, noise ... spans
     lengths[1::2] = random_segmentation(noise_tokens, spans, rng)
     lengths[0::2] = random_segmentation(max(length, 2) - noise_tokens, spans, rng)
     return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)[:length]
@@ -130,7 +132,7 @@ def spans_to_sentinels(
 
 def append_eos(tokens: np.ndarray, eos_id: int) -> np.ndarray:
     """`[5, 6]` -> `[5, 6, eos_id]`, int32."""
-    result = np.empty(len(tokens) + 1, dtype=np.int32)
+    result: np.ndarray = np.empty(len(tokens) + 1, dtype=np.int32)
     result[:-1] = tokens
     result[-1] = eos_id
     return result
@@ -233,7 +235,7 @@ class SpanCorruption:
             noise_density=self.noise_density,
             mean_span_length=self.mean_span_length,
         )
-        self._check_sentinels(np.count_nonzero(mask[1:] > mask[:-1]), len(text))
+        self._check_sentinels(int(np.count_nonzero(mask[1:] > mask[:-1])), len(text))
         sentinel, eos = self.vocabulary.size - 1, self.vocabulary.eos_id
         return Example(
             inputs=append_eos(spans_to_sentinels(text, mask, sentinel), eos),
