@@ -160,7 +160,9 @@ def adafactor(
         mixing = (state.count.astype(jnp.float32) + 1.0) ** -decay_rate
         decay = 1.0 - mixing
 
-        def one(plan: Factoring, path: str, g: Array, x: Array, v_row: Array, v_col: Array, m: Any):
+        def one(
+            plan: Factoring, path: str, g: Array, x: Array, v_row: Array, v_col: Array, m: Any
+        ) -> tuple:
             # The three sums of squares are written as three different products, and the full-size
             # update appears once: then XLA on CPU fuses each into one loop over the gradient,
             # where a shared `square(g)` or `u` would be stored. Measured on [32128, 512]: 18
