@@ -1,0 +1,117 @@
+"""The command line of every program: flags, `--gin.NAME=VALUE`, help, exit codes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+
+from absl import flags
+
+from t5x_lite.bindings import Configurable, parameters
+from t5x_lite.types import InputError
+
+flags.DEFINE_multi_string("gin_file", [], "A gin file; repeatable, later ones win.")
+flags.DEFINE_multi_string("gin_bindings", [], "A gin statement, read after the files; repeatable.")
+flags.DEFINE_list("gin_search_paths", [], "More folders to look for gin files in: A,B.")
+flags.DEFINE_boolean("dry_run", False, "Only reads, checks, builds and prints the configuration.")
+
+
+def parse_flags(
+    argv: Sequence[str], is_value: Callable[[str], bool], help_text: Callable[[bool], str]
+) -> list[str]:
+    """Parses absl flags; returns what is left. Prints help, or one line on a mistake, and exits.
+
+    `is_value` says whether a text is a value in gin's syntax; `help_text` takes whether all is
+    wanted (--helpfull).
+    """
+    asked = {argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")}
+    if asked & {"help", "h", "?", "helpshort", "helpfull"}:
+        print(help_text("helpfull" in asked))
+        sys.exit(0)
+    try:
+        return flags.FLAGS(rewrite_bindings(argv, is_value))
+    except (InputError, flags.Error) as error:
+        print(f"error: {error} (--help shows the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def rewrite_bindings(argv: Sequence[str], is_value: Callable[[str], bool]) -> list[str]:
+    """Turns `--gin.NAME=VALUE` into `--gin_bindings=NAME = VALUE`; VALUE may be a bare string.
+
+    So `--gin.train.steps=10` binds 10 and `--gin.MODEL_DIR=/tmp/x` binds '/tmp/x'. What starts like
+    a reference, a string or a container is left for gin, to complain about if need be.
+    """
+    rewritten = []
+    for argument in argv:
+        if not re.match(r"--?gin\.", argument):
+            rewritten.append(argument)
+            continue
+        name, equals, value = argument.partition("gin.")[2].partition("=")
+        bare = value.strip()
+        if not (name.strip() and equals):
+            raise InputError(f"'{argument}': expected --gin.NAME=VALUE")
+        if bare.lower() in ("true", "false", "none") and bare != bare.capitalize():
+            raise InputError(f"'{argument}': write {bare.capitalize()}, or quote the string")
+        if not (bare[:1] in set("@%'\"([{") or is_value(bare)):
+            value = repr(value)
+        rewritten.append(f"--gin_bindings={name} = {value}")
+    return rewritten
+
+
+def help_text(function: Configurable, names: Mapping[str, Configurable]) -> str:
+    """The program's docstring, an example, the flags, what `function` takes, and `names`.
+
+    absl's own text would list the flags of every library imported, and none of gin's names.
+    """
+    name = function.__name__
+    example = f"python {sys.argv[0]} --gin_file=runs/mine.gin --gin.{name}.NAME=VALUE --dry_run"
+    lines = [
+        (sys.modules["__main__"].__doc__ or inspect.getdoc(function) or "").strip(),
+        *("", "Example:", f"  {example}", "", "Flags:"),
+        "  --gin.NAME=VALUE    Sets a macro, or a parameter: --gin.CONFIGURABLE.PARAMETER=VALUE.",
+    ]
+    own = ("gin_file", "gin_bindings", "gin_search_paths", "dry_run")
+    lines += [f"  --{flag:18}{flags.FLAGS[flag].help}" for flag in own]
+    lines += ["  --v=1               Shows tracebacks, and more of the log.", ""]
+    lines += [f"What {name} takes (--gin.{name}.NAME=VALUE; --helpfull lists all other names):"]
+    lines += [f"  {parameter}" for parameter in parameters(function).values()]
+    for known, target in sorted(names.items()):
+        lines.append(f"  {known:28}{(inspect.getdoc(target) or '').partition(chr(10))[0]}")
+    return "\n".join(lines)
+
+
+def exit_code(body: Callable[[], None]) -> int:
+    """Runs a program's body and says in one line what stopped it, if that was foreseen.
+
+    0; 2 for bad input, whose traceback `--v=1` shows; 130 when interrupted. Other exceptions pass.
+    """
+    try:
+        body()
+    except InputError as error:
+        if flags.FLAGS.verbosity >= 1:
+            traceback.print_exc()
+        print(f"error: {message(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        command = shlex.join(["python", *sys.argv])
+        print(
+            f"interrupted; the same command resumes from the last checkpoint: {command}",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def message(error: InputError) -> str:
+    """The error's message; gin's "In call to configurable" lines become one short remark."""
+    pattern = r"\n\s*In call to configurable '([^']+)' \(.*?\)(?: in scope '([^']+)')?(?=\n|$)"
+    calls = [
+        f"%{scope}" if name == "macro" else f"@{scope}/{name}()" if scope else f"@{name}()"
+        for name, scope in re.findall(pattern, str(error))
+    ]
+    text = re.sub(pattern, "", str(error))
+    return f"{text} [in {', in '.join(calls)}]" if calls else text
