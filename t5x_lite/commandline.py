@@ -78,10 +78,20 @@ def help_text(function: Configurable, names: Mapping[str, Configurable]) -> str:
     lines += [f"  --{flag:18}{flags.FLAGS[flag].help}" for flag in own]
     lines += ["  --v=1               Shows tracebacks, and more of the log.", ""]
     lines += [f"What {name} takes (--gin.{name}.NAME=VALUE; --helpfull lists all other names):"]
-    lines += [f"  {parameter}" for parameter in parameters(function).values()]
+    lines += [f"  {_shown(parameter)}" for parameter in parameters(function).values()]
     for known, target in sorted(names.items()):
         lines.append(f"  {known:28}{(inspect.getdoc(target) or '').partition(chr(10))[0]}")
     return "\n".join(lines)
+
+
+def _shown(parameter: inspect.Parameter) -> str:
+    kind = parameter.annotation
+    kind = kind if isinstance(kind, str) else inspect.formatannotation(kind)
+    typed = (
+        parameter.name if parameter.annotation is parameter.empty else f"{parameter.name}: {kind}"
+    )
+    required = parameter.default is parameter.empty
+    return f"{typed} (required)" if required else f"{typed} = {parameter.default!r}"
 
 
 def exit_code(body: Callable[[], None]) -> int:

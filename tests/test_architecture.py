@@ -107,10 +107,10 @@ def violations(root: Path, long_modules: Mapping[str, str] = LONG_MODULES) -> li
             continue
         for line, name in module.imports:
             found += [f"{module.path}:{line}: {why}" for why in _breaches(module, name, modules)]
-    found += [
-        f"missing: {path}, listed as long" for path in long_modules if not (root / path).exists()
-    ]
-    return found + [f"circle: {' -> '.join(circle)}" for circle in circles(modules)]
+    gone = [path for path in long_modules if not (root / path).exists()]
+    found += [f"{path}: listed as long, but isn't there" for path in gone]
+    found += [f"circle: {' -> '.join(circle)}" for circle in circles(modules)]
+    return list(dict.fromkeys(found))
 
 
 def _breaches(module: Module, name: str, modules: Mapping[str, Module]) -> Iterator[str]:
@@ -276,12 +276,8 @@ def test_a_breach_is_found(tmp_path: Path, files: dict[str, str], expected: str)
 def test_missing_docstrings_and_stale_exceptions_are_found(tmp_path: Path) -> None:
     house(tmp_path, models__a="", models__b="\n" * 400)
     (tmp_path / PACKAGE / "models" / "a.py").write_text("x = 1\n")
-    listed = {
-        "t5x_lite/models/b.py": "a reason",
-        "t5x_lite/models/a.py": "",
-        "t5x_lite/gone.py": "",
-    }
-    assert violations(tmp_path, listed) == [
+    listed = ["t5x_lite/models/b.py", "t5x_lite/models/a.py", "t5x_lite/gone.py"]
+    assert violations(tmp_path, dict.fromkeys(listed, "a reason")) == [
         "t5x_lite/models/a.py: listed as long, but isn't any more",
         "t5x_lite/models/a.py: no docstring",
         "t5x_lite/gone.py: listed as long, but isn't there",

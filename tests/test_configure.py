@@ -182,6 +182,21 @@ def test_user_modules_register_their_own_and_stay_in_the_saved_config(
     assert "can't import 'no_such'" in message("import no_such")
 
 
+def test_blocks_and_singletons_work_and_are_saved(tmp_path: Path) -> None:
+    shared = "@one/gin.singleton()"
+    (tmp_path / "a.gin").write_text(
+        "ToyTask:\n  name = 'x'\n  cap = 1.0\none/gin.singleton.constructor = @ToyTask\n"
+        f"toy_train:\n  model_dir = ''\n  task = {shared}\n  others = ({shared},)\n"
+    )
+    configure.parse(["a.gin"])
+    built = configure.arguments(toy_train)
+    assert built["task"] is built["others"][0]
+    (tmp_path / "saved.gin").write_text(configure.operative_config())
+    configure.reset()
+    configure.parse(["saved.gin"])
+    assert configure.arguments(toy_train) == {**built, "total_steps": 100}  # defaults are bound now
+
+
 def test_a_name_stands_for_one_object() -> None:
     configure.register([ToyNoise])
     with pytest.raises(ValueError, match="'ToyNoise' stands for"):
@@ -407,7 +422,8 @@ def test_help_shows_flags_and_parameters(
     assert launch(monkeypatch, "--help") == 0
     short = capsys.readouterr().out
     assert "python program.py --gin_file=" in short
-    assert "total_steps: 'int' = 100" in short
+    assert "total_steps: int = 100" in short
+    assert "task: ToyTask (required)" in short
     assert "ToyNoise " not in short
     assert launch(monkeypatch, "--helpfull") == 0
     full = capsys.readouterr().out
