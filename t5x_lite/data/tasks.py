@@ -240,7 +240,8 @@ class Mixture:
     """Several tasks in one stream of examples, at exact long-run rates.
 
     `rates` is one number a task, or `Proportional()`, `Capped(limit)`, `Temperature(t)`, which
-    count the split's examples. The tasks share vocabulary, lengths and layout; otherwise InputError.
+    count the split's examples. The tasks share vocabulary, lengths and layout, or else
+    InputError.
     """
 
     name: str
@@ -263,7 +264,7 @@ class Mixture:
                 if not holds:
                     raise InputError(
                         f"mixture '{self.name}': task '{task.name}' can't join '{first.name}' "
-                        f"because of its {what}; tasks of a mixture share vocabulary, lengths and layout"
+                        f"because of its {what}; they share vocabulary, lengths and layout"
                     )
         if len({task.name for task in self.tasks}) < len(self.tasks):
             raise InputError(f"mixture '{self.name}' has two tasks of one name: rename one")
