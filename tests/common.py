@@ -1,0 +1,66 @@
+"""Tiny models and batches that several test files share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from t5x_lite import types
+from t5x_lite.models import transformer
+from t5x_lite.models.config import ModelConfig, StackConfig
+
+STACK = StackConfig(num_layers=2, num_heads=4, head_dim=8, mlp_dim=64)
+T5 = ModelConfig(vocab_size=96, embed_dim=32, encoder=STACK, decoder=STACK)
+GPT = ModelConfig(vocab_size=96, embed_dim=32, decoder=STACK)
+BERT = ModelConfig(vocab_size=96, embed_dim=32, encoder=STACK, head="tied")
+
+
+def with_stacks(config: ModelConfig, **changes) -> ModelConfig:
+    """`config` with the same change in each of its stacks."""
+    stacks = {
+        name: dataclasses.replace(stack, **changes)
+        for name in ("encoder", "decoder")
+        if (stack := getattr(config, name)) is not None
+    }
+    return dataclasses.replace(config, **stacks)
+
+
+def build(config: ModelConfig, seed: int = 0):
+    """`(model, params)`; norms are moved off their start, so that no test leans on ones."""
+    model = transformer.Transformer(config)
+    params = jax.jit(lambda key: transformer.init(model, key))(jax.random.key(seed))
+    return model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+
+
+def random_batch(
+    config: ModelConfig, rows: int = 4, encoder: int = 12, decoder: int = 10, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Packed rows: segments 1 1 1 ... 2 2 ... and padding 0 at the end, in both streams."""
+    rng = np.random.default_rng(seed)
+    batch: dict[str, np.ndarray] = {}
+
+    def segments(length: int) -> np.ndarray:
+        ids = np.zeros((rows, length), np.int32)
+        for row in ids:
+            first = int(rng.integers(2, length - 3))
+            row[:first] = 1
+            row[first : int(rng.integers(first + 2, length + 1))] = 2
+        return ids
+
+    def tokens(ids: np.ndarray) -> np.ndarray:
+        return (rng.integers(2, config.vocab_size, ids.shape) * (ids > 0)).astype(np.int32)
+
+    if config.encoder is not None:
+        ids = segments(encoder)
+        batch |= {types.ENCODER_INPUT_TOKENS: tokens(ids), types.ENCODER_SEGMENT_IDS: ids}
+    if config.decoder is not None:
+        ids = segments(decoder)
+        batch |= {
+            types.DECODER_INPUT_TOKENS: tokens(ids),
+            types.DECODER_TARGET_TOKENS: tokens(ids),
+            types.DECODER_LOSS_WEIGHTS: (ids > 0).astype(np.float32),
+            types.DECODER_SEGMENT_IDS: ids,
+        }
+    return batch
