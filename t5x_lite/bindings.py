@@ -102,14 +102,18 @@ class Bindings:
         lines = [f"# What {function} was built from; defaults are written out."]
         lines += [f"import {module}" for module in self.imports]
         macros = {s: bound.value for (s, n, _), bound in self.bound.items() if n == MACRO}
-        lines += ["", *(_assignment(name, macros[name]) for name in sorted(macros))]
+        lines += [""] if macros else []
+        lines += [_assignment(name, macros[name]) for name in sorted(macros)]
         reached = self.reachable(function)
         for node in sorted(reached, key=lambda node: (node[1] != function, node[1], node[0])):
             if node[1] == MACRO:
                 continue
-            values = _defaults(self.registered[node[1]])
-            values |= {parameter: bound.value for parameter, bound in reached[node].items()}
-            lines += ["", *(_assignment(f"{label(node)}.{p}", v) for p, v in values.items())]
+            target = self.registered[node[1]]
+            bound_values = {parameter: bound.value for parameter, bound in reached[node].items()}
+            values = {**_defaults(target), **bound_values}
+            order = dict.fromkeys([*parameters(target), *values])  # **kwargs come last
+            lines.append("")
+            lines += [_assignment(f"{label(node)}.{p}", values[p]) for p in order if p in values]
         unused = [bound for bound in self.unused(function) if bound.key[1] != MACRO]
         lines += ["", f"# Bound, but not used by {function}:"] if unused else []
         for value, _, (scope, name, parameter) in unused:

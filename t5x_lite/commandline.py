@@ -14,8 +14,10 @@ from absl import flags
 from t5x_lite.bindings import Configurable, parameters
 from t5x_lite.types import InputError
 
-flags.DEFINE_multi_string("gin_file", [], "A gin file; repeatable, later ones win.")
-flags.DEFINE_multi_string("gin_bindings", [], "A gin statement, read after the files; repeatable.")
+flags.DEFINE_multi_string("gin_file", [], "A gin file; may be repeated, later ones win.")
+flags.DEFINE_multi_string(
+    "gin_bindings", [], "A gin statement, read after the files; may be repeated."
+)
 flags.DEFINE_list("gin_search_paths", [], "More folders to look for gin files in: A,B.")
 flags.DEFINE_boolean("dry_run", False, "Only reads, checks, builds and prints the configuration.")
 
@@ -75,7 +77,7 @@ def help_text(function: Configurable, names: Mapping[str, Configurable]) -> str:
         "  --gin.NAME=VALUE    Sets a macro, or a parameter: --gin.CONFIGURABLE.PARAMETER=VALUE.",
     ]
     own = ("gin_file", "gin_bindings", "gin_search_paths", "dry_run")
-    lines += [f"  --{flag:18}{flags.FLAGS[flag].help}" for flag in own]
+    lines += [f"  --{flag:18}{flags.FLAGS[flag].help.partition(';\n')[0]}" for flag in own]
     lines += ["  --v=1               Shows tracebacks, and more of the log.", ""]
     lines += [f"What {name} takes (--gin.{name}.NAME=VALUE; --helpfull lists all other names):"]
     lines += [f"  {_shown(parameter)}" for parameter in parameters(function).values()]

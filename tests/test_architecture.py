@@ -214,13 +214,10 @@ def test_only_grain_brings_jax_into_data() -> None:
 # Every rule fires
 
 
-def house(root: Path, **files: str) -> Path:
-    """Writes modules: `models__config="import x"` is t5x_lite/models/config.py."""
+def house(root: Path, files: Mapping[str, str]) -> Path:
+    """Writes modules with a docstring each: `{"models/config": "import x"}`."""
     for name, text in {"__init__": "", **files}.items():
-        top, _, rest = name.partition("__")
-        path = root / (f"scripts/{rest}.py" if top == "scripts" else f"{PACKAGE}/{name}.py")
-        if top != "scripts" and top and rest:
-            path = root / PACKAGE / top / f"{rest.replace('__', '/') or '__init__'}.py"
+        path = (root if name.startswith("scripts/") else root / PACKAGE) / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'"""A module."""\n{text}\n', encoding="utf-8")
     return root
@@ -229,52 +226,53 @@ def house(root: Path, **files: str) -> Path:
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"models__a": "import t5x_lite.train.loop", "train__loop": ""}, "models imports train"),
-        ({"models__a": "from t5x_lite import train"}, "models imports train"),
-        ({"models__a": "from ..train import loop"}, "models imports train"),
-        ({"models__a": "from .. import train"}, "models imports train"),
-        ({"models__a": "def f():\n    from t5x_lite.train import x"}, "models imports train"),
-        ({"models__a": "if TYPE_CHECKING:\n    import t5x_lite.peft"}, "models imports peft"),
-        ({"models__a": "importlib.import_module('t5x_lite.train.a')"}, "models imports train"),
+        ({"models/a": "import t5x_lite.train.loop", "train/loop": ""}, "models imports train"),
+        ({"models/a": "from t5x_lite import train"}, "models imports train"),
+        ({"models/a": "from ..train import loop"}, "models imports train"),
+        ({"models/__init__": "from ..train import loop"}, "models imports train"),
+        ({"models/a": "from .. import train"}, "models imports train"),
+        ({"models/a": "def f():\n    from t5x_lite.train import x"}, "models imports train"),
+        ({"models/a": "if TYPE_CHECKING:\n    import t5x_lite.peft"}, "models imports peft"),
+        ({"models/a": "importlib.import_module('t5x_lite.train.a')"}, "models imports train"),
         ({"types": "import t5x_lite.sharding"}, "types imports sharding"),
-        ({"train__a": "import t5x_lite.configure"}, "train imports configure"),
+        ({"train/a": "import t5x_lite.configure"}, "train imports configure"),
         ({"configure": "import scripts.train"}, "configure imports scripts"),
-        ({"data__a": "from t5x_lite import trees"}, "data imports trees"),
-        ({"data__a": "def f():\n    import jax.numpy as jnp"}, "data imports jax"),
-        ({"data__builders__a": "from flax import linen"}, "data imports flax"),
+        ({"data/a": "from t5x_lite import trees"}, "data imports trees"),
+        ({"data/a": "def f():\n    import jax.numpy as jnp"}, "data imports jax"),
+        ({"data/builders/a": "from flax import linen"}, "data imports flax"),
         ({"types": "import optax"}, "types imports optax"),
-        ({"models__a": "from t5x_lite.data import tasks"}, "models imports data"),
-        ({"train__a": "import gin"}, "imports gin"),
-        ({"scripts__a": "from gin import config"}, "imports gin"),
-        ({"studies__a": "def f():\n    import torch.nn"}, "imports torch"),
-        ({"interop__a": "from transformers import T5Config"}, "imports transformers"),
-        ({"data__a": "import tensorflow as tf"}, "imports tensorflow"),
+        ({"models/a": "from t5x_lite.data import tasks"}, "models imports data"),
+        ({"train/a": "import gin"}, "imports gin"),
+        ({"scripts/a": "from gin import config"}, "imports gin"),
+        ({"studies/a": "def f():\n    import torch.nn"}, "imports torch"),
+        ({"interop/a": "from transformers import T5Config"}, "imports transformers"),
+        ({"data/a": "import tensorflow as tf"}, "imports tensorflow"),
         ({"__init__": "from t5x_lite import types", "types": ""}, "it stays empty"),
-        ({"cellar__a": ""}, "room 'cellar' is unknown"),
+        ({"cellar/a": ""}, "room 'cellar' is unknown"),
         ({"cellar": ""}, "room 'cellar' is unknown"),
-        ({"models__long": "\n" * 400}, "402 lines"),
+        ({"models/long": "\n" * 400}, "402 lines"),
         (
-            {"models__a": "from t5x_lite.models import b", "models__b": "from .a import x"},
+            {"models/a": "from t5x_lite.models import b", "models/b": "from .a import x"},
             "circle: t5x_lite.models.a -> t5x_lite.models.b -> t5x_lite.models.a",
         ),
         (
             {
-                "models__a": "def f():\n    from t5x_lite.models.b import x",
-                "models__b": "import t5x_lite.models.c",
-                "models__c": "if TYPE_CHECKING:\n    from t5x_lite.models.a import y",
+                "models/a": "def f():\n    from t5x_lite.models.b import x",
+                "models/b": "import t5x_lite.models.c",
+                "models/c": "if TYPE_CHECKING:\n    from t5x_lite.models.a import y",
             },
             "circle: t5x_lite.models.a -> t5x_lite.models.b -> t5x_lite.models.c",
         ),
     ],
 )
 def test_a_breach_is_found(tmp_path: Path, files: dict[str, str], expected: str) -> None:
-    found = violations(house(tmp_path, **files))
+    found = violations(house(tmp_path, files))
     assert len(found) == 1, found
     assert expected in found[0]
 
 
 def test_missing_docstrings_and_stale_exceptions_are_found(tmp_path: Path) -> None:
-    house(tmp_path, models__a="", models__b="\n" * 400)
+    house(tmp_path, {"models/a": "", "models/b": "\n" * 400})
     (tmp_path / PACKAGE / "models" / "a.py").write_text("x = 1\n")
     listed = ["t5x_lite/models/b.py", "t5x_lite/models/a.py", "t5x_lite/gone.py"]
     assert violations(tmp_path, dict.fromkeys(listed, "a reason")) == [
@@ -288,19 +286,19 @@ def test_what_is_allowed_is_not_complained_of(tmp_path: Path) -> None:
     allowed = {
         "types": "import numpy",
         "trees": "from t5x_lite.types import InputError\nimport jax",
-        "models____init__": "from t5x_lite.models.a import A",
-        "models__a": "from . import b\nfrom .b import c\nfrom t5x_lite import sharding, trees",
-        "models__b": "import jax, flax",
+        "models/__init__": "from t5x_lite.models.a import A",
+        "models/a": "from . import b\nfrom .b import c\nfrom t5x_lite import sharding, trees",
+        "models/b": "import jax, flax",
         "sharding": "",
-        "data__a": "import tensorflow_datasets, grain\nimport t5x_lite.types\nfrom . import b",
-        "data__b": "",
-        "decode__a": "from t5x_lite.data import a",
-        "interop__a": "from t5x_lite.decode import a",
-        "train__a": "from t5x_lite import decode, data, models, peft",
+        "data/a": "import tensorflow_datasets, grain\nimport t5x_lite.types\nfrom . import b",
+        "data/b": "",
+        "decode/a": "from t5x_lite.data import a",
+        "interop/a": "from t5x_lite.decode import a",
+        "train/a": "from t5x_lite import decode, data, models, peft",
         "configure": "import gin\nfrom t5x_lite.train import a",
-        "scripts__train": "from t5x_lite import configure",
+        "scripts/train": "from t5x_lite import configure",
     }
-    assert violations(house(tmp_path, **allowed)) == []
+    assert violations(house(tmp_path, allowed)) == []
 
 
 @pytest.mark.parametrize(
@@ -308,7 +306,7 @@ def test_what_is_allowed_is_not_complained_of(tmp_path: Path) -> None:
     [("import jax", "jax is imported by way of"), ("import optax", "optax is imported")],
 )
 def test_jax_within_data_is_found_at_run_time(tmp_path: Path, module: str, complaint: str) -> None:
-    house(tmp_path, data____init__="", data__a=f"import helper_of_ours\n{module}")
+    house(tmp_path, {"data/__init__": "", "data/a": f"import helper_of_ours\n{module}"})
     (tmp_path / "helper_of_ours.py").write_text("")
     assert complaint in import_data(blocked=False, root=tmp_path).stderr
     assert import_data(blocked=True, root=tmp_path).returncode != 0
