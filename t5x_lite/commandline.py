@@ -77,7 +77,8 @@ def help_text(function: Configurable, names: Mapping[str, Configurable]) -> str:
         "  --gin.NAME=VALUE    Sets a macro, or a parameter: --gin.CONFIGURABLE.PARAMETER=VALUE.",
     ]
     own = ("gin_file", "gin_bindings", "gin_search_paths", "dry_run")
-    lines += [f"  --{flag:18}{flags.FLAGS[flag].help.partition(';\n')[0]}" for flag in own]
+    for flag in own:  # absl adds a second line to the help of repeatable flags
+        lines.append(f"  --{flag:18}{flags.FLAGS[flag].help.splitlines()[0].rstrip(';')}")
     lines += ["  --v=1               Shows tracebacks, and more of the log.", ""]
     lines += [f"What {name} takes (--gin.{name}.NAME=VALUE; --helpfull lists all other names):"]
     lines += [f"  {_shown(parameter)}" for parameter in parameters(function).values()]
