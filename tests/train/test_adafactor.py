@@ -167,6 +167,12 @@ def test_learning_rate_is_absolute_without_a_parameter_scale():
     np.testing.assert_allclose(np.abs(got["w"] - params["w"]), 0.1, rtol=1e-3)
 
 
+def test_parameters_near_zero_still_move():
+    params, axes = {"w": np.zeros((4, 5), np.float32)}, {"w": ("embed", "mlp")}
+    got, _ = _run(params, [{"w": _array((4, 5), 1)}], axes, 0.1)
+    np.testing.assert_allclose(np.abs(got["w"]), 0.1 * 1e-3, rtol=1e-3)
+
+
 def test_clipping_bounds_the_rms_of_an_update():
     params, axes = {"w": _array((130, 140))}, {"w": ("embed", "mlp")}
     spike = [{"w": 1e-3 * g} for g in _gradients((130, 140), 9)] + [{"w": _array((130, 140), 5)}]

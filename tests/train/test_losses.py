@@ -162,6 +162,10 @@ def test_normalisation_by_sequence_gives_packed_segments_equal_say():
     np.testing.assert_allclose(weights[0], [1 / 3, 1 / 3, 1 / 3, 1 / 3, 2 / 3, 0], rtol=1e-6)
     np.testing.assert_allclose(weights[1], [1, 0, 0, 0, 0, 0], rtol=1e-6)
     assert np.isfinite(weights).all()
+    # Padding is no sequence, whatever its weight.
+    weights, denominator = losses.by_sequence(jnp.ones((1, 4)), jnp.asarray([[1, 1, 0, 0]]))
+    assert denominator == 1.0
+    np.testing.assert_allclose(weights, [[0.5, 0.5, 0, 0]])
 
 
 @pytest.mark.parametrize(

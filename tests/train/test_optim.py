@@ -174,6 +174,22 @@ def test_factored_state_is_whole_where_a_mean_was_taken():
     assert specs.count == P()
 
 
+def test_state_of_other_sizes_is_replicated():
+    params, specs = {"w": jnp.zeros((8, 4))}, {"w": P("fsdp", "model")}
+    state = {
+        "same": {"w": jnp.zeros((8, 4))},
+        "mean": {"w": jnp.zeros((8, 1))},
+        "other": {"w": jnp.zeros((8, 5))},
+        "flat": {"w": jnp.zeros(32)},
+        "stranger": {"v": jnp.zeros((8, 4))},
+    }
+    want = {"same": P("fsdp", "model"), "mean": P("fsdp", None)}
+    got = state_specs(state, params, specs)
+    assert {key: next(iter(leaf.values())) for key, leaf in got.items()} == {
+        key: want.get(key, P()) for key in state
+    }
+
+
 def test_masked_and_partitioned_states_are_placed_too():
     labels = jax.tree.map(lambda decays: "ada" if decays else "adam", MASK)
     both = optax.multi_transform(
