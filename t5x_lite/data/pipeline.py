@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sized
 from typing import Any, Protocol
 
 import numpy as np
+from absl import flags
 
 from t5x_lite.data.examples import Cache, TrainingExamples, keyed_rng
 from t5x_lite.data.packing import Assembly, Pad, Window
@@ -242,8 +243,8 @@ def iterate(
     """`batches.batch(step, rows)` for the steps from `start_step`, made ahead by Grain.
 
     `num_threads` read threads in this process, or `num_workers` worker processes (each makes every
-    num_workers-th batch; they want a `__main__` guard and parsed absl flags). `prefetch` batches
-    are kept ready, per worker. The batches are the same whatever these say.
+    num_workers-th batch; programs need a `__main__` guard for them). `prefetch` batches are kept
+    ready, per worker. The batches are the same whatever these say.
     """
     import grain  # not at the top: it imports JAX where that is installed
 
@@ -251,6 +252,8 @@ def iterate(
         stop_step = len(batches) if isinstance(batches, Sized) else start_step + _ENDLESS
     if num_workers:
         batches = _for_workers(batches)
+        if not flags.FLAGS.is_parsed():  # Grain's workers ask for their flags: give the defaults
+            flags.FLAGS.mark_as_parsed()
     steps = grain.MapDataset.source(_Steps(batches, rows, start_step, stop_step))
     threads = max(num_threads, 1) if prefetch else 0
     dataset = steps.to_iter_dataset(grain.ReadOptions(threads, prefetch))

@@ -238,10 +238,9 @@ class TfdsSource:
     name: str
     data_dir: str
 
-    @functools.cached_property
-    def _builder(self) -> Any:
-        import tensorflow_datasets as tfds  # half a second, so only when it is needed
-
+    @property
+    def path(self) -> str:
+        """The dataset's folder. Raises InputError, with the command to run, if there is none."""
         path, _, version = self.name.partition(":")
         root = os.path.join(os.path.expanduser(self.data_dir), path)
         prepared = []
@@ -254,7 +253,13 @@ class TfdsSource:
                 f"dataset '{self.name}' is not prepared in '{self.data_dir}'; prepare it with "
                 f"`{self._command}`"
             )
-        return tfds.builder_from_directory(os.path.join(root, max(prepared)[1]))
+        return os.path.join(root, max(prepared)[1])
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        import tensorflow_datasets as tfds  # half a second, so only when it is needed
+
+        return tfds.builder_from_directory(self.path)
 
     @property
     def _command(self) -> str:

@@ -7,7 +7,6 @@ import pickle
 
 import numpy as np
 import pytest
-from absl import flags
 
 from t5x_lite.data.examples import Cache, cut, keyed_rng, shuffled
 from t5x_lite.data.inspection import describe, measure
@@ -117,8 +116,6 @@ def test_a_batch_depends_on_config_seed_and_step_alone(case, folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_grain_delivers_the_same_batches(folder, workers):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
     # A metric that can't be pickled must not reach the workers.
     task = pairs_task(folder, metrics=[lambda targets, predictions: {"n": 1.0}])
     mixed = Mixture(name="mix", tasks=[text_task(folder), task], rates=[0.25, 0.75])
