@@ -79,7 +79,9 @@ def match_first(
                 taken[index] += 1
                 break
     for (regex, value), count in zip(compiled, taken, strict=True):
-        logging.info("%s '%s' -> %r takes %d of %d paths", what, regex.pattern, value, count, len(paths))
+        logging.info(
+            "%s '%s' -> %r takes %d of %d paths", what, regex.pattern, value, count, len(paths)
+        )
         if not any(regex.fullmatch(path) for path in paths):
             some = "\n  ".join(paths[:12] + (["..."] if len(paths) > 12 else []))
             raise InputError(
@@ -88,7 +90,9 @@ def match_first(
     return chosen
 
 
-def select(tree: Params, rules: Rules[T], *, default: T | None = None, what: str = "rule") -> Params:
+def select(
+    tree: Params, rules: Rules[T], *, default: T | None = None, what: str = "rule"
+) -> Params:
     """A tree like `tree` whose leaves are the values that `match_first` gives their paths."""
     chosen = match_first(rules, flatten(tree), default=default, what=what)
     return map_with_path(lambda path, _: chosen[path], tree)
@@ -132,7 +136,9 @@ def _checksum(x: Any) -> Any:
     bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
     places = jnp.uint32(1)
     for axis in range(x.ndim):  # a place's number, without reshaping what is sharded
-        places = places * 2654435761 + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        places = places * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(
+            jnp.uint32, x.shape, axis
+        )
     return jnp.sum((bits ^ places) * (places | 1), dtype=jnp.uint32)
 
 

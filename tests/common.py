@@ -31,7 +31,9 @@ def build(config: ModelConfig, seed: int = 0):
     """`(model, params)`; norms are moved off their start, so that no test leans on ones."""
     model = transformer.Transformer(config)
     params = jax.jit(lambda key: transformer.init(model, key))(jax.random.key(seed))
-    return model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+    return model, jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params
+    )
 
 
 def random_batch(

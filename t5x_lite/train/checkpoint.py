@@ -1,0 +1,199 @@
+"""Checkpoints: trainable parameters, optimizer state, the data's one integer, and metadata.
+
+Written by Orbax in the background, each in a directory of its own that gets its final name only
+when it is whole; so a crash, a kill or a full disk costs the checkpoint under way and no other.
+Arrays are stored whole and by path: they restore onto any mesh and number of processes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from t5x_lite import trees
+from t5x_lite.types import InputError, Params
+
+DIRECTORY = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPolicy:
+    """When checkpoints are written and which of them stay. The last step is always written."""
+
+    period: int = 1000  # steps between checkpoints
+    keep: int | None = 3  # the newest so many stay (or the best, with best_metric); None: all
+    keep_period: int | None = None  # those at multiples of this stay for good
+    best_metric: str | None = None  # "<evaluation>/<metric>", as in metrics.jsonl
+    best_mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        for name in ("period", "keep", "keep_period"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"CheckpointPolicy.{name}={value}: expected at least 1")
+
+
+class Checkpointer:
+    """Saves and restores one run's checkpoints, under `model_dir/checkpoints/<step>`."""
+
+    def __init__(self, model_dir: str, policy: CheckpointPolicy = CheckpointPolicy()):
+        self.directory = os.path.abspath(os.path.join(model_dir, DIRECTORY))
+        best = policy.best_metric
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=policy.keep,
+            keep_period=policy.keep_period,
+            best_fn=None if best is None else (lambda metrics: metrics[best]),
+            best_mode=policy.best_mode,
+            cleanup_tmp_directories=True,
+            create=True,
+        )
+        self.policy = policy
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=options,
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "metadata": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        params: Params,
+        opt_state: Any,
+        metadata: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts writing; returns once the arrays are copied, so that they may be donated."""
+        best = self.policy.best_metric
+        if best is not None and best not in (metrics or {}):
+            raise InputError(
+                f"CheckpointPolicy.best_metric='{best}' was not measured at step {step}; measured: "
+                f"{', '.join(sorted(metrics or {})) or 'nothing'}. Evaluate whenever a checkpoint "
+                "is written: make CheckpointPolicy.period a multiple of train.eval_period"
+            )
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                optimizer=ocp.args.StandardSave(_by_path(opt_state)),
+                data=ocp.args.JsonSave({"step": step}),
+                metadata=ocp.args.JsonSave(dict(metadata)),
+            ),
+            metrics=None if best is None else dict(metrics or {}),
+        )
+
+    def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
+        """Arrays of the given shapes, dtypes and shardings (trees of `jax.ShapeDtypeStruct`)."""
+        self._check(step, params)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params),
+                optimizer=ocp.args.StandardRestore(_by_path(opt_state)),
+            ),
+        )
+        flat = trees.flatten(restored["optimizer"])
+        return restored["params"], trees.map_with_path(lambda path, _: flat[path], opt_state)
+
+    def restore_params(self, step: int, params: Params) -> Params:
+        """The trainable parameters alone."""
+        self._check(step, params)
+        return self._manager.restore(
+            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params))
+        )["params"]
+
+    def _check(self, step: int, params: Params) -> None:
+        """Raises InputError where the stored parameters are not those that are asked for."""
+        stored = trees.flatten(self._manager.item_metadata(step)["params"].tree)
+        stored = {path: tuple(leaf.shape) for path, leaf in stored.items()}
+        wanted = {path: tuple(leaf.shape) for path, leaf in trees.flatten(params).items()}
+        problems = [f"missing {path} {wanted[path]}" for path in wanted if path not in stored]
+        problems += [f"unexpected {path} {stored[path]}" for path in stored if path not in wanted]
+        problems += [
+            f"{path} is {stored[path]}, the model's is {wanted[path]}"
+            for path in wanted
+            if path in stored and stored[path] != wanted[path]
+        ]
+        if problems:
+            more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise InputError(
+                f"checkpoint {self.directory}/{step} does not fit this model and transform:\n  "
+                + "\n  ".join(problems[:8])
+                + more
+            )
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What `save` was given."""
+        return self._manager.restore(
+            step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        )["metadata"]
+
+    def nbytes(self, step: int) -> dict[str, int]:
+        """Bytes on disk by item, e.g. `{"params": 1234, "optimizer": 56, ...}`."""
+        root = os.path.join(self.directory, str(step))
+        sizes: dict[str, int] = {}
+        for folder, _, files in os.walk(root):
+            item = os.path.relpath(folder, root).split(os.sep)[0]
+            total = sum(os.path.getsize(os.path.join(folder, name)) for name in files)
+            sizes[item] = sizes.get(item, 0) + total
+        return sizes
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk. Raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def find_step(model_dir: str, step: int | None = None) -> int:
+    """The checkpoint step asked for, or the latest. Raises InputError if there is none."""
+    directory = os.path.join(model_dir, DIRECTORY)
+    if not os.path.isdir(directory):
+        raise InputError(
+            f"'{model_dir}' has no '{DIRECTORY}' folder: expected a run's folder (train.model_dir "
+            "of an earlier run)"
+        )
+    steps = sorted(int(name) for name in os.listdir(directory) if name.isdigit())
+    if not steps:
+        raise InputError(f"'{directory}' holds no finished checkpoint yet")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        raise InputError(f"'{directory}' has no checkpoint of step {step}; it has {steps}")
+    return step
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a checkpoint depends on, and the time, for its metadata."""
+    import importlib.metadata
+
+    names = ("t5x_lite", "jax", "flax", "optax", "orbax-checkpoint")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            logging.info("%s is not installed as a package; its version is not recorded", name)
+    found["written"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return found
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Nested dicts for any pytree: what is stored does not depend on optax's classes."""
+    return trees.unflatten(trees.flatten(tree)) if jax.tree.leaves(tree) else {}

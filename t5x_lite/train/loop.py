@@ -1,0 +1,381 @@
+"""The training loop: pretraining and fine-tuning alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from t5x_lite import trees, types
+from t5x_lite.data.pipeline import Batches, iterate
+from t5x_lite.models import flops
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.peft.transform import Full, Transform
+from t5x_lite.sharding import Partitioner
+from t5x_lite.train import run as runs
+from t5x_lite.train import step as steps
+from t5x_lite.train import writers
+from t5x_lite.train.checkpoint import Checkpointer, CheckpointPolicy, find_step, versions
+from t5x_lite.train.evaluate import PREDICTIONS, Evaluation, Evaluator
+from t5x_lite.train.optim import Optimizer
+from t5x_lite.train.schedules import learning_rate_at
+from t5x_lite.train.session import Session, shardings
+from t5x_lite.types import InputError, Params
+
+
+def train(
+    *,
+    model_dir: str,
+    model: ModelConfig,
+    batches: Batches,
+    optimizer: Optimizer,
+    total_steps: int,
+    transform: Transform = Full(),
+    initial: runs.RunCheckpoint | None = None,
+    loss: steps.Loss = steps.Loss(),
+    microbatches: int = 1,
+    partitioner: Partitioner = Partitioner(),
+    evaluations: Sequence[Evaluation] = (),
+    eval_period: int | None = None,
+    checkpoints: CheckpointPolicy = CheckpointPolicy(),
+    log_period: int = 10,
+    seed: int = 0,
+    data_threads: int = 2,
+    data_workers: int = 0,
+    peak_flops_per_device: float | None = None,
+    save_config: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """Trains until `total_steps`, going on from the newest checkpoint in `model_dir` if there is one.
+
+    Started again after a kill, a run ends with the parameters and `metrics.jsonl` of one that was
+    never stopped.
+
+    Args:
+      model_dir: the run's folder; see `t5x_lite.train.run` for what is in it.
+      model: the model's config.
+      batches: the training batches; their step count is the data's whole state.
+      optimizer: its config.
+      total_steps: of this run: fine-tuning counts its own, from 0.
+      transform: what is trained: `Full()`, `LoRA(...)`, `Freeze(...)`.
+      initial: an earlier run's checkpoint to start from; None: fresh weights from `seed`.
+      loss: what is minimised.
+      microbatches: the gradient is summed over so many parts of the batch, one after the other.
+      partitioner: the mesh and its rules.
+      evaluations: what is measured at step 0, every `eval_period` steps and at the end.
+      eval_period: steps; None: at start and end only.
+      checkpoints: when they are written and which stay.
+      log_period: steps between records in `metrics.jsonl`; a record is of one step, not a mean.
+      seed: of fresh weights and dropout.
+      data_threads, data_workers: that make batches ahead; the batches are the same whatever these.
+      peak_flops_per_device: for MFU; None: not reported.
+      save_config: writes the operative config into the run's folder.
+
+    Returns:
+      The metrics of the last evaluation, by `<evaluation>/<metric>`.
+
+    Raises:
+      InputError: before anything is compiled, for parts that do not fit each other.
+    """
+    for name, value in (("total_steps", total_steps), ("log_period", log_period)):
+        if value < 1:
+            raise InputError(f"train.{name}={value}: expected at least 1")
+    if eval_period is not None and eval_period < 1:
+        raise InputError(f"train.eval_period={eval_period}: expected at least 1, or None")
+    session = Session(model, transform, partitioner, seed)
+    vocabulary = batches.task.vocabulary
+    _check_parts(session, batches, microbatches, evaluations)
+    transformation = session.optimizer(optimizer)
+    state_shapes = session.state_shapes(transformation)
+    run = runs.Run(model, transform, vocabulary, vocabulary.fingerprint, initial, None, seed)
+    resumed = _find_resumed(model_dir, run)
+    if initial is not None and resumed is None:
+        _check_vocabulary(runs.Run.read(initial.model_dir), vocabulary, initial.model_dir)
+        initial = dataclasses.replace(
+            initial, step=find_step(initial.model_dir, initial.step)
+        )  # pinned: the base of adapters must not move when its run goes on
+    say = Console(stderr=True, soft_wrap=True, quiet=jax.process_index() != 0).print
+    checkpointer = Checkpointer(model_dir, checkpoints)
+    log = _writers(model_dir, total_steps)
+    try:
+        if resumed is not None:
+            start = checkpointer.latest_step or 0
+            frozen = runs.load_frozen(resumed, session)
+            params, opt_state = checkpointer.restore(
+                start, state_shapes.params, state_shapes.opt_state
+            )
+            run = resumed
+            say(f"Resuming {model_dir} from its own checkpoint of step {start}")
+            if initial is not None:
+                say(f"  (train.initial, {initial.model_dir}, was read when the run began)")
+        else:
+            start = 0
+            base = (
+                session.init_base()
+                if initial is None
+                else runs.load_params(initial, model, partitioner)
+            )
+            params, frozen = session.split(base)
+            del base
+            opt_state = session.init_opt_state(transformation, params)
+            run = dataclasses.replace(
+                run, base=initial, base_fingerprint=trees.fingerprint(frozen) if frozen else None
+            )
+            origin = (
+                "fresh weights" if initial is None else f"{initial.model_dir}, step {initial.step}"
+            )
+            say(f"Starting {model_dir} from {origin}")
+        if jax.process_index() == 0:
+            run.write(model_dir)
+        if save_config is not None:
+            save_config(model_dir)
+        for writer in log:
+            writer.truncate_after(start)
+        step_array = jax.device_put(np.int32(start), partitioner.replicated)
+        state = steps.TrainState(step_array, params, opt_state)
+        del params, opt_state
+
+        first = _put(session, batches, batches.batch(start, _rows(session, batches)))
+        say(
+            f"Training {trees.count(state.params):,} of "
+            f"{trees.count(session.base_shapes):,} parameters on "
+            f"{partitioner.mesh.size} {jax.devices()[0].platform} device(s); compiling ..."
+        )
+        compiled, seconds = _compile(
+            session, transformation, loss, microbatches, seed, state, frozen, first
+        )
+        say(f"  compiled in {seconds:.1f} s")
+        timing = _Timing(model, transform, first, partitioner, peak_flops_per_device)
+        evaluator = Evaluator(session, evaluations)
+        measured: dict[str, float] = {}
+
+        def evaluate(step: int, state: steps.TrainState) -> dict[str, float]:
+            count = 0 if eval_period is None else step // eval_period
+            which = [e for e in evaluations if step in (0, total_steps) or count % e.period == 0]
+            path = os.path.join(model_dir, PREDICTIONS, f"{{name}}-{step}.jsonl")
+            found = evaluator.run(state.params, frozen, which=which, predictions=path)
+            if found:
+                log[0].write(step, found)
+            timing.restart()
+            return found
+
+        def record(done: int, metrics: steps.Sums) -> None:
+            values = jax.device_get(metrics)
+            timing.add(float(values["tokens"]))
+            if done % log_period == 0 or done == total_steps:
+                log[0].write(done, _per_token(values, optimizer.learning_rate))
+                log[1].write(done, timing.take())
+
+        if start == 0:
+            measured = evaluate(0, state)
+        data = iterate(
+            batches,
+            start,
+            stop_step=total_steps,
+            rows=_rows(session, batches),
+            num_threads=data_threads,
+            num_workers=data_workers,
+        )
+        pending: steps.Sums | None = None
+        for done in range(start + 1, total_steps + 1):
+            batch = _put(session, batches, next(data))
+            state, metrics = compiled(state, frozen, batch)
+            if pending is not None:
+                record(done - 1, pending)  # of the step before: this one is under way
+            pending = metrics
+            last = done == total_steps
+            evaluates = last or (eval_period is not None and done % eval_period == 0)
+            saves = last or done % checkpoints.period == 0
+            if evaluates or saves:
+                record(done, pending)
+                pending = None
+            if evaluates:
+                measured = evaluate(done, state)
+            if saves:
+                metadata = {"run": runs.FILE, "versions": versions()}
+                checkpointer.save(done, state.params, state.opt_state, metadata, measured)
+                timing.restart()
+        checkpointer.wait()
+    finally:
+        for writer in log:
+            writer.close()
+        checkpointer.close()
+    say(f"Done: {model_dir} holds the checkpoints, metrics.jsonl and config.gin")
+    return measured
+
+
+def _check_parts(
+    session: Session, batches: Batches, microbatches: int, evaluations: Sequence[Evaluation]
+) -> None:
+    """All that can be known to fail before compiling."""
+    partitioner, model = session.partitioner, session.config
+    if microbatches < 1:
+        raise InputError(f"train.microbatches={microbatches}: expected at least 1")
+    partitioner.check_batch_size(batches.batch_size, microbatches)
+    for evaluation in evaluations:
+        try:
+            partitioner.check_batch_size(evaluation.batches.batch_size)
+        except InputError as error:
+            raise InputError(f"evaluation '{evaluation.name}': {error}") from error
+    size = batches.task.vocabulary.size
+    if size > model.vocab_size:
+        raise InputError(
+            f"the vocabulary has {size} tokens, but ModelConfig.vocab_size={model.vocab_size}: "
+            f"set it to {size} or more (a multiple of 128 suits the hardware)"
+        )
+    for evaluation in evaluations:
+        _ = len(evaluation.batches)
+        if evaluation.batches.task.fingerprint != batches.task.fingerprint:
+            raise InputError(
+                f"evaluation '{evaluation.name}' has another vocabulary than the training task"
+            )
+    streams = batches.task.lengths
+    for name in ("encoder", "decoder"):
+        if (getattr(model, name) is None) != (name not in streams):
+            raise InputError(
+                f"the model {'has no' if getattr(model, name) is None else 'has an'} {name}, but "
+                f"task '{batches.task.name}' makes streams for: {', '.join(streams)}"
+            )
+    steps.check_trainable_batch(batches.batch(0, slice(0, 1)))
+    _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
+
+
+def _find_resumed(model_dir: str, run: runs.Run) -> runs.Run | None:
+    """What `run.json` says if `model_dir` has a checkpoint to resume. InputError: another run's."""
+    try:
+        find_step(model_dir)
+    except InputError:
+        return None
+    found = runs.Run.read(model_dir)
+    _check_vocabulary(found, run.vocabulary, model_dir)
+    for name in ("model", "transform", "seed"):
+        if getattr(found, name) != getattr(run, name):
+            raise InputError(
+                f"'{model_dir}' holds checkpoints of another run: its {name} was\n"
+                f"  {getattr(found, name)}\nand is now\n  {getattr(run, name)}\n"
+                "Choose another train.model_dir, or remove that folder"
+            )
+    return found
+
+
+def _check_vocabulary(found: runs.Run, vocabulary: Any, where: str) -> None:
+    if found.vocabulary_fingerprint != vocabulary.fingerprint:
+        raise InputError(
+            f"the vocabulary {vocabulary} (fingerprint {vocabulary.fingerprint[:12]}) is not the "
+            f"one that the checkpoints in '{where}' were trained with "
+            f"({found.vocabulary_fingerprint[:12]}); use '{where}/{runs.VOCABULARY_FILE}'"
+        )
+
+
+def _rows(session: Session, batches: Batches) -> slice:
+    return session.partitioner.local_rows(batches.batch_size)
+
+
+def _put(session: Session, batches: Batches, batch: types.Batch) -> dict[str, jax.Array]:
+    return session.partitioner.put_batch(batch, batches.batch_size)
+
+
+def _compile(
+    session: Session,
+    transformation: Any,
+    loss: steps.Loss,
+    microbatches: int,
+    seed: int,
+    state: steps.TrainState,
+    frozen: Params,
+    batch: types.Batch,
+) -> tuple[Callable[..., Any], float]:
+    """The run's one compiled step, and the seconds it took. A batch of another shape is an error."""
+    began = time.monotonic()
+    step = functools.partial(
+        steps.train_step,
+        model=session.model,
+        transform=session.transform,
+        optimizer=transformation,
+        loss=loss,
+        microbatches=microbatches,
+        seed=seed,
+    )
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings(state), session.partitioner.replicated),
+    )
+    with session.partitioner.activate():
+        compiled = jitted.lower(state, frozen, batch).compile()
+    return compiled, time.monotonic() - began
+
+
+def _per_token(values: dict[str, Any], learning_rate: Any) -> dict[str, float]:
+    """Means from sums: the loss by its denominator, the rest by its weight."""
+    step, weight = int(values["step"]), max(float(values["weight"]), 1e-9)
+    rate = learning_rate_at(learning_rate, step) if callable(learning_rate) else learning_rate
+    return {
+        "loss": float(values["loss"]) / max(float(values["denominator"]), 1e-9),
+        "cross_entropy": float(values["cross_entropy"]) / weight,
+        "accuracy": float(values["accuracy"]) / weight,
+        "gradient_norm": float(values["gradient_norm"]),
+        "learning_rate": float(rate),
+    }
+
+
+def _writers(model_dir: str, total_steps: int) -> tuple[writers.Writer, writers.Writer]:
+    """Where reproducible metrics go, and where timings go."""
+
+    def path(name: str) -> str:
+        return os.path.join(model_dir, name)
+
+    console = writers.on_first_process(lambda: writers.ConsoleWriter(total_steps))
+    board = writers.on_first_process(lambda: writers.TensorBoardWriter(path("tensorboard")))
+    metrics = writers.on_first_process(lambda: writers.JsonlWriter(path("metrics.jsonl")))
+    timing = writers.on_first_process(lambda: writers.JsonlWriter(path("timing.jsonl")))
+    return (
+        writers.MultiWriter([metrics, board, console]),
+        writers.MultiWriter([timing, board, console]),
+    )
+
+
+class _Timing:
+    """Throughput between records; evaluations and checkpoints are left out."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        transform: Transform,
+        batch: types.Batch,
+        partitioner: Partitioner,
+        peak: float | None,
+    ):
+        self._flops = flops.train_flops(model, batch, full=isinstance(transform, Full))
+        self._peak = None if peak is None else peak * partitioner.mesh.size
+        self._steps, self._tokens, self._seconds = 0, 0.0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self._began = time.monotonic()
+
+    def add(self, tokens: float) -> None:
+        now = time.monotonic()
+        self._seconds += now - self._began
+        self._began = now
+        self._steps += 1
+        self._tokens += tokens
+
+    def take(self) -> dict[str, float]:
+        """Tokens without padding and model FLOPs a second, since the last call."""
+        seconds = max(self._seconds, 1e-9)
+        values = {
+            "timing/tokens_per_second": self._tokens / seconds,
+            "timing/seconds_per_step": seconds / max(self._steps, 1),
+            "timing/model_flops_per_second": self._flops * self._steps / seconds,
+        }
+        if self._peak is not None:
+            values["timing/mfu"] = values["timing/model_flops_per_second"] / self._peak
+        self._steps, self._tokens, self._seconds = 0, 0.0, 0.0
+        return values

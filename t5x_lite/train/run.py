@@ -1,0 +1,169 @@
+"""A run's folder: what is in it, and how to get its model back without gin.
+
+run.json            model, transform, vocabulary, base: enough to load the run
+config.gin          the operative config: enough to launch it again
+vocabulary.model    the vocabulary's file
+checkpoints/        see `checkpoint`
+metrics.jsonl       one line a record, the same for the same config and seed
+timing.jsonl        tokens/s, FLOP/s, MFU
+predictions/        what generation wrote, beside its score
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+
+from absl import logging
+
+from t5x_lite import trees
+from t5x_lite.data.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+from t5x_lite.models.config import ModelConfig, RelativeBias, StackConfig
+from t5x_lite.peft.lora import LoRA
+from t5x_lite.peft.transform import Freeze, Full, Transform
+from t5x_lite.records import from_record, to_record
+from t5x_lite.sharding import Partitioner
+from t5x_lite.train.checkpoint import Checkpointer, find_step
+from t5x_lite.train.session import Session
+from t5x_lite.types import InputError, Params
+
+FILE = "run.json"
+VOCABULARY_FILE = "vocabulary.model"
+_CLASSES = (
+    ModelConfig,
+    StackConfig,
+    RelativeBias,
+    Full,
+    Freeze,
+    LoRA,
+    SentencePieceVocabulary,
+    ByteVocabulary,
+)
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A checkpoint of a run to start from: its folder, and a step (None: the latest)."""
+
+    model_dir: str
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run.json` says."""
+
+    model: ModelConfig
+    transform: Transform
+    vocabulary: Vocabulary
+    vocabulary_fingerprint: str
+    base: RunCheckpoint | None = None  # where frozen parameters come from
+    base_fingerprint: str | None = None  # of the frozen parameters
+    seed: int = 0  # what fresh weights were drawn from
+
+    def write(self, model_dir: str) -> None:
+        """Writes `run.json` and copies the vocabulary's file beside it."""
+        os.makedirs(model_dir, exist_ok=True)
+        vocabulary = self.vocabulary
+        path = getattr(vocabulary, "path", None)
+        if path is not None:
+            target = os.path.join(model_dir, VOCABULARY_FILE)
+            if not os.path.exists(target) or not os.path.samefile(path, target):
+                shutil.copyfile(path, target)
+            vocabulary = dataclasses.replace(vocabulary, path=VOCABULARY_FILE)  # type: ignore
+        record = {
+            "model": to_record(self.model),
+            "transform": to_record(self.transform),
+            "vocabulary": {**to_record(vocabulary), "fingerprint": self.vocabulary_fingerprint},
+            "base": None if self.base is None else dataclasses.asdict(self.base),
+            "base_fingerprint": self.base_fingerprint,
+            "seed": self.seed,
+        }
+        temporary = os.path.join(model_dir, FILE + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=2)
+            file.write("\n")
+        os.replace(temporary, os.path.join(model_dir, FILE))
+
+    @classmethod
+    def read(cls, model_dir: str) -> Run:
+        """Raises InputError unless `model_dir` is a run's folder with a readable `run.json`."""
+        path = os.path.join(model_dir, FILE)
+        try:
+            with open(path, encoding="utf-8") as file:
+                record = json.load(file)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"'{model_dir}' is not a run's folder: it has no {FILE}. Expected a folder that "
+                "scripts/train.py wrote (train.model_dir)"
+            ) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"'{path}' is not readable JSON: {error}") from error
+        vocabulary = dict(record["vocabulary"])
+        fingerprint = vocabulary.pop("fingerprint")
+        if "path" in vocabulary:
+            vocabulary["path"] = os.path.join(model_dir, vocabulary["path"])
+        base = record["base"]
+        return cls(
+            model=from_record(record["model"], _CLASSES),
+            transform=from_record(record["transform"], _CLASSES),
+            vocabulary=from_record(vocabulary, _CLASSES),
+            vocabulary_fingerprint=fingerprint,
+            base=None if base is None else RunCheckpoint(**base),
+            base_fingerprint=record["base_fingerprint"],
+            seed=record["seed"],
+        )
+
+
+def load_params(source: RunCheckpoint, config: ModelConfig, partitioner: Partitioner) -> Params:
+    """A run's parameters, merged, in the shapes and shardings of `config`'s base model.
+
+    `config` may differ from the run's in what parameters do not depend on (dropout, dtype, remat).
+    Raises InputError where shapes differ, where there is no checkpoint, or where a tuned run's base
+    is no longer what it was tuned on.
+    """
+    session, trainable, frozen = load(source, partitioner, config)
+    return session.transform.merge(trainable, frozen)
+
+
+def load(
+    source: RunCheckpoint, partitioner: Partitioner, config: ModelConfig | None = None
+) -> tuple[Session, Params, Params]:
+    """A run's `(session, trainable, frozen)`; its base is loaded in turn."""
+    run = Run.read(source.model_dir)
+    session = Session(config or run.model, run.transform, partitioner, run.seed)
+    step = find_step(source.model_dir, source.step)
+    checkpointer = Checkpointer(source.model_dir)
+    try:
+        trainable = checkpointer.restore_params(step, session.split_shapes[0])
+    finally:
+        checkpointer.close()
+    logging.info(
+        "restored %d trainable parameters of %s, step %d",
+        trees.count(trainable),
+        source.model_dir,
+        step,
+    )
+    return session, trainable, load_frozen(run, session)
+
+
+def load_frozen(run: Run, session: Session) -> Params:
+    """The frozen parameters that a run was tuned beside; empty for full fine-tuning."""
+    if isinstance(run.transform, Full):
+        return {}
+    if run.base is None:
+        base = session.init_base()
+    else:
+        base = load_params(run.base, session.config, session.partitioner)
+    frozen = session.split(base)[1]
+    found = trees.fingerprint(frozen)
+    if run.base_fingerprint != found:
+        where = "its seed" if run.base is None else f"'{run.base.model_dir}'"
+        raise InputError(
+            f"the frozen weights from {where} have fingerprint {found}, but this run was tuned on "
+            f"{run.base_fingerprint}: adapters only fit the base they were trained beside"
+        )
+    return frozen

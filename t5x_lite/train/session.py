@@ -1,0 +1,122 @@
+"""What a run works with: model, transform, optimizer, mesh, and parameters sharded from birth.
+
+Nothing unsharded ever exists: shapes come from `jax.eval_shape`, shardings from names, and arrays
+from a jitted initialiser or a restore that is told where each shard goes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from t5x_lite import trees
+from t5x_lite.models import transformer
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.transformer import Transformer
+from t5x_lite.peft.transform import Full, Transform
+from t5x_lite.sharding import Partitioner
+from t5x_lite.train import optim
+from t5x_lite.train.step import TrainState
+from t5x_lite.types import Params
+
+
+@dataclass(frozen=True)
+class Session:
+    """Model and transform on a mesh, with the shapes and shardings of all that they hold."""
+
+    config: ModelConfig
+    transform: Transform = Full()
+    partitioner: Partitioner = Partitioner()
+    seed: int = 0
+
+    @functools.cached_property
+    def model(self) -> Transformer:
+        return Transformer(self.config)
+
+    @functools.cached_property
+    def names(self) -> Params:
+        """Logical axis names of the base parameters."""
+        return transformer.axes(self.model)
+
+    @functools.cached_property
+    def base_shapes(self) -> Params:
+        """Base parameters as `jax.ShapeDtypeStruct` with shardings. InputError: does not divide."""
+        shapes = jax.eval_shape(functools.partial(transformer.init, self.model), self._key(0))
+        return _with_shardings(shapes, self.partitioner.tree_shardings(shapes, self.names))
+
+    @functools.cached_property
+    def split_names(self) -> tuple[Params, Params]:
+        """Axis names of the trainable and the frozen parameters."""
+        return self.transform.split_names(self.names)
+
+    @functools.cached_property
+    def split_shapes(self) -> tuple[Params, Params]:
+        """The trainable and the frozen parameters as shape structs with shardings."""
+        shapes = jax.eval_shape(self._split, self.base_shapes)
+        return tuple(  # type: ignore[return-value]
+            _with_shardings(shape, self.partitioner.tree_shardings(shape, names))
+            for shape, names in zip(shapes, self.split_names, strict=True)
+        )
+
+    def init_base(self) -> Params:
+        """Fresh base parameters, each shard made on its device."""
+        init = functools.partial(transformer.init, self.model)
+        return jax.jit(init, out_shardings=shardings(self.base_shapes))(self._key(0))
+
+    def split(self, base: Params) -> tuple[Params, Params]:
+        """`(trainable, frozen)`; the frozen arrays are the base's own, not copies."""
+        if isinstance(self.transform, Full):
+            return base, {}
+        trainable_shapes, frozen_shapes = self.split_shapes
+        trainable = jax.jit(
+            lambda base: self._split(base)[0], out_shardings=shardings(trainable_shapes)
+        )(base)
+        flat = trees.flatten(base)
+        return trainable, trees.map_with_path(lambda path, _: flat[path], frozen_shapes)
+
+    def optimizer(self, optimizer: optim.Optimizer) -> optax.GradientTransformation:
+        return optimizer.make(self.split_names[0])
+
+    def state_shapes(self, optimizer: optax.GradientTransformation) -> TrainState:
+        """A `TrainState` of shape structs with shardings."""
+        params = self.split_shapes[0]
+        opt_shapes = jax.eval_shape(optimizer.init, params)
+        specs = optim.state_specs(
+            opt_shapes, params, jax.tree.map(lambda shape: shape.sharding.spec, params)
+        )
+        mesh = self.partitioner.mesh
+        opt_shardings = jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec),
+            specs,
+            is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+        )
+        step = jax.ShapeDtypeStruct((), "int32", sharding=self.partitioner.replicated)
+        return TrainState(step, params, _with_shardings(opt_shapes, opt_shardings))
+
+    def init_opt_state(self, optimizer: optax.GradientTransformation, params: Params) -> Any:
+        out = shardings(self.state_shapes(optimizer).opt_state)
+        return jax.jit(optimizer.init, out_shardings=out)(params)
+
+    def _split(self, base: Params) -> tuple[Params, Params]:
+        return self.transform.split(base, self.names, self._key(1))
+
+    def _key(self, stream: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.seed), stream)
+
+
+def shardings(shapes: Params) -> Params:
+    """The shardings of a tree of shape structs or arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
+
+
+def _with_shardings(shapes: Params, tree: Params) -> Params:
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        tree,
+    )

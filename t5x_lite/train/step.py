@@ -1,0 +1,150 @@
+"""The training step and the evaluation step: pure functions of explicit inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from t5x_lite import types
+from t5x_lite.models.transformer import Transformer
+from t5x_lite.peft.transform import Transform
+from t5x_lite.train.losses import Normalisation, by_real_tokens, cross_entropy
+from t5x_lite.types import Array, Batch, InputError, Params
+
+Sums = dict[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step changes. Frozen parameters are a separate argument and not part of it."""
+
+    step: Array  # int32 scalar: steps taken; with the seed, the whole random state
+    params: Params  # trainable leaves only
+    opt_state: optax.OptState
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised: token cross entropy, its regularisers, and what it is divided by."""
+
+    z_loss: float = 0.0  # factor of (log Z)^2; T5X pretrains with 1e-4
+    label_smoothing: float = 0.0
+    normalisation: Normalisation = by_real_tokens
+
+    def __call__(self, logits: Array, batch: Batch) -> Sums:
+        """Sums over the batch: those of `losses.cross_entropy`, `denominator` and `tokens`.
+
+        `denominator` divides the loss that is minimised, `weight` the metrics; `tokens` counts
+        what was processed, without padding.
+        """
+        weights = batch[types.DECODER_LOSS_WEIGHTS]
+        segments = batch.get(types.DECODER_SEGMENT_IDS)
+        used, denominator = self.normalisation(weights, segments)
+        targets = batch[types.DECODER_TARGET_TOKENS]
+        sums = cross_entropy(
+            logits, targets, used, z_loss=self.z_loss, label_smoothing=self.label_smoothing
+        )
+        return {**sums, "denominator": denominator, "tokens": count_tokens(batch)}
+
+
+def count_tokens(batch: Batch) -> Array:
+    """Tokens of all streams that are not padding, as a float32 scalar."""
+    total = jnp.float32(0)
+    for tokens_key, segments_key in (
+        (types.ENCODER_INPUT_TOKENS, types.ENCODER_SEGMENT_IDS),
+        (types.DECODER_INPUT_TOKENS, types.DECODER_SEGMENT_IDS),
+    ):
+        if segments_key in batch:
+            total += jnp.sum(batch[segments_key] > 0).astype(jnp.float32)
+        elif tokens_key in batch:
+            total += batch[tokens_key].size
+    return total
+
+
+def train_step(
+    state: TrainState,
+    frozen: Params,
+    batch: Batch,
+    *,
+    model: Transformer,
+    transform: Transform,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    microbatches: int,
+    seed: int,
+) -> tuple[TrainState, Sums]:
+    """One optimizer step on one global batch.
+
+    Gradients and metrics are summed over microbatches and divided once, so that neither their
+    number nor uneven padding changes the result. Dropout is keyed by (seed, step, microbatch).
+
+    Args:
+      state: donated by the caller.
+      frozen: the transform's frozen parameters: neither donated nor differentiated.
+      batch: `[rows, length]` arrays; rows divisible by `microbatches`.
+
+    Returns:
+      The next state, and the sums of `Loss` with `gradient_norm` and `step` (of the state before).
+    """
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+
+    def summed_loss(params: Params, part: Batch, index: Array) -> tuple[Array, Sums]:
+        logits = model.apply(
+            {"params": transform.apply(params, frozen)},
+            part,
+            deterministic=False,
+            rngs={"dropout": jax.random.fold_in(rng, index)},
+        )
+        sums = loss(logits, part)
+        return sums["loss"], sums
+
+    def gradient(part: Batch, index: Array) -> tuple[Params, Sums]:
+        return jax.grad(summed_loss, has_aux=True)(state.params, part, index)
+
+    if microbatches == 1:
+        grads, sums = gradient(batch, jnp.int32(0))
+    else:
+        # Row i goes to microbatch i % microbatches: rows stay on the devices that hold them.
+        parts = {
+            key: value.reshape(-1, microbatches, *value.shape[1:]).swapaxes(0, 1)
+            for key, value in batch.items()
+        }
+
+        def accumulate(total: tuple, part: tuple) -> tuple[tuple, None]:
+            return jax.tree.map(jnp.add, total, gradient(*part)), None
+
+        first = jax.tree.map(lambda part: part[0], parts)
+        shapes = jax.eval_shape(gradient, first, jnp.int32(0))
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        (grads, sums), _ = jax.lax.scan(
+            accumulate, zeros, (parts, jnp.arange(microbatches, dtype=jnp.int32))
+        )
+
+    denominator = jnp.maximum(sums["denominator"], 1e-9)  # a batch of padding alone changes nothing
+    grads = jax.tree.map(lambda grad: grad / denominator.astype(grad.dtype), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {**sums, "gradient_norm": optax.global_norm(grads), "step": state.step}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(
+    params: Params, frozen: Params, batch: Batch, *, model: Transformer, transform: Transform
+) -> Sums:
+    """Teacher-forced sums on one batch: cross entropy and accuracy, without regularisers."""
+    logits = model.apply({"params": transform.apply(params, frozen)}, batch)
+    return Loss()(logits, batch)
+
+
+def check_trainable_batch(batch: Batch) -> None:
+    """Raises InputError unless a batch has what a loss needs."""
+    for key in (types.DECODER_TARGET_TOKENS, types.DECODER_LOSS_WEIGHTS):
+        if key not in batch:
+            raise InputError(
+                f"training needs batch['{key}'], but the task's layout makes "
+                f"{', '.join(sorted(batch))}"
+            )
