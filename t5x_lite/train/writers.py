@@ -189,7 +189,8 @@ class ConsoleWriter:
     """Progress for people: a live bar in a terminal, a line now and then elsewhere.
 
     Shown of a training record are its loss and tokens a second, wherever in the path these names
-    stand last (`train/loss`); records of evaluations are shown in full, each on its line.
+    stand last (`train/loss`); the two may come in records of their own, the loss prints the line.
+    Records of evaluations are shown in full, each on its line.
 
     Args:
       total_steps: where the bar ends.
@@ -226,7 +227,7 @@ class ConsoleWriter:
         )
         if self._console.is_terminal:
             self._update_bar(step, text)
-        elif training:
+        elif any(key.split("/")[-1] == "loss" for key in training):
             self._print_line(step, text)
         if evaluation:
             values = "  ".join(f"{key} {float(value):.4g}" for key, value in evaluation.items())
