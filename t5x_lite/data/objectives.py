@@ -125,9 +125,10 @@ def spans_to_sentinels(
     after_noise = np.empty_like(noise_mask)
     after_noise[:1] = False
     after_noise[1:] = noise_mask[:-1]
-    starts = noise_mask & ~after_noise
-    sentinels = first_sentinel + 1 - np.cumsum(starts, dtype=np.int32)
-    return np.where(starts, sentinels, tokens)[~(noise_mask & after_noise)]
+    starts = np.flatnonzero(noise_mask > after_noise)
+    rendered: np.ndarray = tokens.astype(np.int32)
+    rendered[starts] = np.arange(first_sentinel, first_sentinel - len(starts), -1)
+    return rendered[~(noise_mask & after_noise)]
 
 
 def append_eos(tokens: np.ndarray, eos_id: int) -> np.ndarray:
@@ -235,12 +236,11 @@ class SpanCorruption:
             noise_density=self.noise_density,
             mean_span_length=self.mean_span_length,
         )
-        self._check_sentinels(int(np.count_nonzero(mask[1:] > mask[:-1])), len(text))
         sentinel, eos = self.vocabulary.size - 1, self.vocabulary.eos_id
-        return Example(
-            inputs=append_eos(spans_to_sentinels(text, mask, sentinel), eos),
-            targets=append_eos(spans_to_sentinels(text, ~mask, sentinel), eos),
-        )
+        inputs = spans_to_sentinels(text, mask, sentinel)
+        targets = spans_to_sentinels(text, ~mask, sentinel)
+        self._check_sentinels(len(targets) - int(np.count_nonzero(mask)), len(text))
+        return Example(inputs=append_eos(inputs, eos), targets=append_eos(targets, eos))
 
 
 @dataclasses.dataclass(frozen=True)

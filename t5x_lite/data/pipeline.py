@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Iterator, Sized
 from typing import Any, Protocol
 
@@ -260,7 +261,22 @@ def iterate(
     if num_workers:
         options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=max(prefetch, 1))
         dataset = dataset.mp_prefetch(options)
-    return iter(dataset)
+    held = [iter(dataset)]
+
+    def following() -> Arrays | None:
+        batch = next(held[0], None) if held else None
+        # A copy frees the worker's shared memory at once.
+        return {k: np.array(v) for k, v in batch.items()} if batch and num_workers else batch
+
+    def close() -> None:
+        while held:
+            held.pop().close()
+
+    # Grain releases threads, processes and shared memory badly while Python is shutting down:
+    # release them with the stream, or just before.
+    stream = (batch for batch in iter(following, None))
+    weakref.finalize(stream, close)
+    return stream
 
 
 @dataclasses.dataclass(frozen=True)
