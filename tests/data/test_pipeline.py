@@ -3,7 +3,11 @@
 import collections
 import dataclasses
 import itertools
+import os
+import pathlib
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -125,6 +129,51 @@ def test_grain_delivers_the_same_batches(folder, workers):
         assert_same(batch, batches.batch(step, slice(2, 5)))
 
 
+PROGRAM = """
+import sys
+from t5x_lite.data import inspection, pipeline, preprocessors, sources, tasks
+from t5x_lite.data.builders import bible
+from t5x_lite.data.objectives import SpanCorruption
+from t5x_lite.data.vocabularies import ByteVocabulary
+from t5x_lite.types import InputError
+
+if __name__ == "__main__":
+    assert not {"jax", "flax", "tensorflow", "torch"} & set(sys.modules)
+    vocabulary = ByteVocabulary()
+    task = tasks.Task(
+        name="t",
+        source=sources.JsonlSource({"train": sys.argv[1]}),
+        vocabulary=vocabulary,
+        objective=SpanCorruption(vocabulary),
+        lengths={"encoder": 64, "decoder": 32},
+    )
+    stream = pipeline.iterate(pipeline.Batches(task, batch_size=1, shuffle=False), num_workers=2)
+    next(stream), next(stream)
+    try:
+        next(stream)
+    except InputError as error:
+        print(error)
+    again = pipeline.iterate(pipeline.Batches(task, batch_size=1, shuffle=False), num_workers=2)
+    held = next(again)
+"""
+
+
+def test_a_program_with_workers_imports_no_jax_gets_input_errors_and_ends_quietly(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"te\n{"text": "c"}\n')
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "a.jsonl")]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+        check=True,
+    )
+    assert "line 3 is not JSON" in done.stdout
+    assert "Exception ignored" not in done.stderr
+
+
 def test_grain_ends_where_evaluation_ends(folder):
     batches = EvaluationBatches(pairs_task(folder), "test", batch_size=8)
     for threads, prefetch in ((1, 0), (3, 2)):
@@ -167,6 +216,16 @@ def test_mixtures_keep_their_rates_and_each_tasks_order(folder):
         pairs += mine
     want = [BYTES.decode(alone.batch(i)["encoder_input_tokens"][0]) for i in range(len(pairs))]
     assert pairs == want
+
+
+def test_noise_is_keyed_by_the_example_of_the_run(folder):
+    """So that one text under two tasks of a mixture, or in two epochs, is noised differently."""
+    one = tokens_task(folder)
+    twice = Mixture(name="m", tasks=[one, dataclasses.replace(one, name="again")], rates=[1, 1])
+    batches = Batches(twice, shuffle=False)
+    first, second = batches.example(0), batches.example(1)
+    assert reconstruct(first) == reconstruct(second)
+    assert not np.array_equal(first["encoder_input_tokens"], second["encoder_input_tokens"])
 
 
 def reconstruct(example) -> list[int]:
