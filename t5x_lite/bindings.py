@@ -21,6 +21,7 @@ Configurable: TypeAlias = Callable[..., Any]
 Node: TypeAlias = tuple[tuple[str, ...], str]
 
 PREFIX: Final = "t5x_lite"  # the module under which names are registered: t5x_lite.Batches
+COMMAND_LINE: Final = "command line:"
 MACRO: Final = "gin.macro"  # gin's own name for what %NAME calls, in the scope NAME
 REQUIRED: Final = "gin.REQUIRED"
 LINE_LENGTH: Final = 100
@@ -72,12 +73,14 @@ class Bindings:
     def check(self, function: str, given: Iterable[str] = ()) -> None:
         """Raises InputError for what would make building `function`'s arguments fail, or mislead.
 
-        That is: a macro that no line uses (a misspelt one, most likely), and among what `function`
+        That is: a macro of the command line that nothing uses (misspelt, most likely), and among what `function`
         reaches, macros that are required or not defined, missing arguments and circles. `given`
         names arguments of `function` that come from elsewhere.
         """
         for (scope, name, _), bound in self.bound.items():
-            if name == MACRO and scope not in self.macros_used:
+            # A file may offer macros that another program uses; a command line means its own.
+            given_now = bound.where.startswith(COMMAND_LINE)
+            if name == MACRO and scope not in self.macros_used and given_now:
                 is_name = f" Or set a parameter of it: {scope}.PARAMETER = VALUE."
                 raise InputError(
                     f"nothing uses the macro {scope} ({bound.where})."

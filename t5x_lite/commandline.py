@@ -23,22 +23,36 @@ flags.DEFINE_boolean("dry_run", False, "Only reads, checks, builds and prints th
 
 
 def parse_flags(
-    argv: Sequence[str], is_value: Callable[[str], bool], help_text: Callable[[bool], str]
+    argv: Sequence[str],
+    function: Configurable,
+    is_value: Callable[[str], bool],
+    help_text: Callable[[bool], str],
 ) -> list[str]:
     """Parses absl flags; returns what is left. Prints help, or one line on a mistake, and exits.
 
-    `is_value` says whether a text is a value in gin's syntax; `help_text` takes whether all is
-    wanted (--helpfull).
+    `function` is the program's: `--NAME=VALUE` sets its parameter NAME. `is_value` says whether a
+    text is a value in gin's syntax; `help_text` takes whether all is wanted (--helpfull).
     """
     asked = {argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")}
     if asked & {"help", "h", "?", "helpshort", "helpfull"}:
         print(help_text("helpfull" in asked))
         sys.exit(0)
     try:
-        return flags.FLAGS(rewrite_bindings(argv, is_value))
+        return flags.FLAGS(rewrite_bindings(lengthen(argv, function), is_value))
     except (InputError, flags.Error) as error:
         print(f"error: {error} (--help shows the flags)", file=sys.stderr)
         sys.exit(2)
+
+
+def lengthen(argv: Sequence[str], function: Configurable) -> list[str]:
+    """Turns `--NAME=VALUE` into `--gin.FUNCTION.NAME=VALUE` where the function takes NAME."""
+    own = set(parameters(function)) - set(flags.FLAGS)
+    return [
+        f"--gin.{function.__name__}.{match[1]}={match[2]}"
+        if (match := re.fullmatch(r"--?(\w+)=(.*)", argument, re.S)) and match[1] in own
+        else argument
+        for argument in argv
+    ]
 
 
 def rewrite_bindings(argv: Sequence[str], is_value: Callable[[str], bool]) -> list[str]:
@@ -70,7 +84,7 @@ def help_text(function: Configurable, names: Mapping[str, Configurable]) -> str:
     absl's own text would list the flags of every library imported, and none of gin's names.
     """
     name = function.__name__
-    example = f"python {sys.argv[0]} --gin_file=runs/mine.gin --gin.{name}.NAME=VALUE --dry_run"
+    example = f"python {sys.argv[0]} --gin_file=runs/mine.gin --NAME=VALUE --dry_run"
     lines = [
         (sys.modules["__main__"].__doc__ or inspect.getdoc(function) or "").strip(),
         *("", "Example:", f"  {example}", "", "Flags:"),
@@ -80,7 +94,10 @@ def help_text(function: Configurable, names: Mapping[str, Configurable]) -> str:
     for flag in own:  # absl adds a second line to the help of repeatable flags
         lines.append(f"  --{flag:18}{flags.FLAGS[flag].help.splitlines()[0].rstrip(';')}")
     lines += ["  --v=1               Shows tracebacks, and more of the log.", ""]
-    lines += [f"What {name} takes (--gin.{name}.NAME=VALUE; --helpfull lists all other names):"]
+    lines += [
+        f"What {name} takes (--NAME=VALUE, or {name}.NAME = VALUE in a gin file; --helpfull lists "
+        "all other names):"
+    ]
     lines += [f"  {_shown(parameter)}" for parameter in parameters(function).values()]
     for known, target in sorted(names.items()):
         lines.append(f"  {known:28}{(inspect.getdoc(target) or '').partition(chr(10))[0]}")

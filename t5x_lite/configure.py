@@ -35,12 +35,13 @@ from typing import Any, Final
 
 import gin
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from gin import config_parser
 from gin.config import ParserDelegate
 
 from t5x_lite import commandline
 from t5x_lite.bindings import (
+    COMMAND_LINE,
     MACRO,
     PREFIX,
     Bindings,
@@ -51,13 +52,10 @@ from t5x_lite.bindings import (
     references,
     short_name,
 )
+from t5x_lite.registry import CONFIGURABLES
 from t5x_lite.types import InputError
 
-# What gin files may name, by `__name__` or as ("Name", object). Add new public classes here.
-CONFIGURABLES: tuple[Configurable | tuple[str, Configurable], ...] = ()
-
 CONFIG_FILE: Final = "config.gin"
-COMMAND_LINE: Final = "command line:"
 GIN_CONFIGS: Final = Path(__file__).resolve().parents[1] / "gin_configs"
 
 
@@ -293,6 +291,8 @@ def main(function: Configurable, **given: Any) -> None:
 
     def body() -> None:
         options = flags.FLAGS
+        if not options["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # libraries tell the world at INFO
         reset()
         register([function])
         parse(options.gin_file, options.gin_bindings, options.gin_search_paths)
@@ -318,7 +318,7 @@ def main(function: Configurable, **given: Any) -> None:
         register()
         return commandline.help_text(function, _registered if everything else {})
 
-    app.run(run, flags_parser=lambda argv: commandline.parse_flags(argv, is_value, help_text))
+    app.run(run, flags_parser=lambda argv: commandline.parse_flags(argv, function, is_value, help_text))
 
 
 def is_value(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JSON records and back, so that a run's folder explains itself without gin."""
+"""Frozen dataclasses as JSON records and back: a run's folder explains itself without gin."""
 
 from __future__ import annotations
 

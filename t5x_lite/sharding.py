@@ -212,7 +212,7 @@ _ACTIVE: contextvars.ContextVar[Partitioner | None] = contextvars.ContextVar(
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """`x` placed by its axis names; unchanged where no partitioner is active or it has one device."""
+    """`x` placed by its axis names; unchanged without an active partitioner, or on one device."""
     partitioner = _ACTIVE.get()
     if partitioner is None or partitioner.mesh.size == 1:
         return x

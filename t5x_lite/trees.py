@@ -85,7 +85,8 @@ def match_first(
         if not any(regex.fullmatch(path) for path in paths):
             some = "\n  ".join(paths[:12] + (["..."] if len(paths) > 12 else []))
             raise InputError(
-                f"{what} '{regex.pattern}' matches no parameter; it must match a whole path of:\n  {some}"
+                f"{what} '{regex.pattern}' matches no parameter; it must match a whole path "
+                f"of:\n  {some}"
             )
     return chosen
 

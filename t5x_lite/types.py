@@ -79,7 +79,8 @@ def check_batch(batch: Batch, vocab_size: int | None = None) -> None:
         first_key, shape = shape_of.setdefault(stream, (key, tuple(value.shape)))
         if tuple(value.shape) != shape:
             raise InputError(
-                f"batch['{key}'] has shape {tuple(value.shape)} but batch['{first_key}'] has {shape}"
+                f"batch['{key}'] has shape {tuple(value.shape)} but batch['{first_key}'] has "
+                f"{shape}"
             )
         rows = rows or (key, value.shape[0])
         if value.shape[0] != rows[1]:

@@ -56,6 +56,4 @@ def greedy(
 
     token, ended = choose(logits, jnp.zeros((rows,), bool))
     tokens = jnp.full((rows, max_tokens), pad_id, jnp.int32).at[:, 0].set(token)
-    return jax.lax.while_loop(
-        unfinished, advance, (jnp.int32(1), token, ended, tokens, cache)
-    )[3]
+    return jax.lax.while_loop(unfinished, advance, (jnp.int32(1), token, ended, tokens, cache))[3]

@@ -18,7 +18,7 @@ from t5x_lite.types import Array
 def relative_bucket(
     relative_position: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Array:
-    """T5's bucket of `key position - query position` (mesh_tensorflow's `_relative_position_bucket`).
+    """T5's bucket of `key position - query position`, as Mesh TensorFlow computes it.
 
     Bidirectional: half of the buckets for keys after the query. Otherwise keys after the query
     share bucket 0, since a causal mask hides them. In each half, distances below half the buckets

@@ -71,6 +71,4 @@ def attend(x: Array, embedding: Array | StructuredWeight) -> Array:
     """Tied logits: `x [..., embed]` against `embedding [vocab, embed]`, as `[..., vocab]`."""
     if isinstance(embedding, StructuredWeight):
         return embedding.attend(x)
-    return jax.lax.dot_general(
-        x, embedding.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ()))
-    )
+    return jax.lax.dot_general(x, embedding.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))

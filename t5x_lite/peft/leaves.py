@@ -13,7 +13,7 @@ from t5x_lite.types import Array
 
 @flax.struct.dataclass
 class LowRank(weights.StructuredWeight):
-    """`w + scale * a b` that is never formed: `x w + scale * (x a) b` (Hu et al. 2021, section 4.1).
+    """`w + scale * a b` that is never formed: `x w + scale * (x a) b` (Hu et al. 2021, 4.1).
 
     With a leading layer axis on all three inside a stack, which the loop over layers takes off.
     Forming the sum in the forward pass would cost as much as full fine-tuning: its gradient is of

@@ -161,8 +161,8 @@ class Checkpointer:
         self._manager.close()
 
 
-def find_step(model_dir: str, step: int | None = None) -> int:
-    """The checkpoint step asked for, or the latest. Raises InputError if there is none."""
+def all_steps(model_dir: str) -> list[int]:
+    """Steps of a run's finished checkpoints, in order. Raises InputError if there is none."""
     directory = os.path.join(model_dir, DIRECTORY)
     if not os.path.isdir(directory):
         raise InputError(
@@ -172,10 +172,16 @@ def find_step(model_dir: str, step: int | None = None) -> int:
     steps = sorted(int(name) for name in os.listdir(directory) if name.isdigit())
     if not steps:
         raise InputError(f"'{directory}' holds no finished checkpoint yet")
+    return steps
+
+
+def find_step(model_dir: str, step: int | None = None) -> int:
+    """The checkpoint step asked for, or the latest. Raises InputError if there is none."""
+    steps = all_steps(model_dir)
     if step is None:
         return steps[-1]
     if step not in steps:
-        raise InputError(f"'{directory}' has no checkpoint of step {step}; it has {steps}")
+        raise InputError(f"'{model_dir}' has no checkpoint of step {step}; it has {steps}")
     return step
 
 

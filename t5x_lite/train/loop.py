@@ -52,7 +52,7 @@ def train(
     peak_flops_per_device: float | None = None,
     save_config: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
-    """Trains until `total_steps`, going on from the newest checkpoint in `model_dir` if there is one.
+    """Trains until `total_steps`, going on from the newest checkpoint in `model_dir`, if any.
 
     Started again after a kill, a run ends with the parameters and `metrics.jsonl` of one that was
     never stopped.
@@ -291,7 +291,7 @@ def _compile(
     frozen: Params,
     batch: types.Batch,
 ) -> tuple[Callable[..., Any], float]:
-    """The run's one compiled step, and the seconds it took. A batch of another shape is an error."""
+    """The run's one compiled step, and the seconds it took; it takes batches of one shape."""
     began = time.monotonic()
     step = functools.partial(
         steps.train_step,

@@ -67,17 +67,17 @@ class Run:
     def write(self, model_dir: str) -> None:
         """Writes `run.json` and copies the vocabulary's file beside it."""
         os.makedirs(model_dir, exist_ok=True)
-        vocabulary = self.vocabulary
-        path = getattr(vocabulary, "path", None)
+        vocabulary = to_record(self.vocabulary)
+        path = vocabulary.get("path")
         if path is not None:
             target = os.path.join(model_dir, VOCABULARY_FILE)
             if not os.path.exists(target) or not os.path.samefile(path, target):
                 shutil.copyfile(path, target)
-            vocabulary = dataclasses.replace(vocabulary, path=VOCABULARY_FILE)  # type: ignore
+            vocabulary["path"] = VOCABULARY_FILE
         record = {
             "model": to_record(self.model),
             "transform": to_record(self.transform),
-            "vocabulary": {**to_record(vocabulary), "fingerprint": self.vocabulary_fingerprint},
+            "vocabulary": {**vocabulary, "fingerprint": self.vocabulary_fingerprint},
             "base": None if self.base is None else dataclasses.asdict(self.base),
             "base_fingerprint": self.base_fingerprint,
             "seed": self.seed,
@@ -135,6 +135,12 @@ def load(
     """A run's `(session, trainable, frozen)`; its base is loaded in turn."""
     run = Run.read(source.model_dir)
     session = Session(config or run.model, run.transform, partitioner, run.seed)
+    trainable = load_trainable(source, session)
+    return session, trainable, load_frozen(run, session)
+
+
+def load_trainable(source: RunCheckpoint, session: Session) -> Params:
+    """A checkpoint's trainable parameters, for a session of its run."""
     step = find_step(source.model_dir, source.step)
     checkpointer = Checkpointer(source.model_dir)
     try:
@@ -147,7 +153,7 @@ def load(
         source.model_dir,
         step,
     )
-    return session, trainable, load_frozen(run, session)
+    return trainable
 
 
 def load_frozen(run: Run, session: Session) -> Params:

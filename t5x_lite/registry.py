@@ -1,0 +1,98 @@
+"""What gin files may name, each by its own name. New public classes and functions are added here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from t5x_lite.data import (
+    layouts,
+    objectives,
+    packing,
+    pipeline,
+    preprocessors,
+    sources,
+    tasks,
+    textfiles,
+    vocabularies,
+    vocabulary_training,
+)
+from t5x_lite.data.builders import bible
+from t5x_lite.evaluation import metrics
+from t5x_lite.models import config
+from t5x_lite.peft import lora, transform
+from t5x_lite.sharding import Partitioner
+from t5x_lite.train import (
+    checkpoint,
+    evaluate,
+    infer,
+    inspect,
+    loop,
+    losses,
+    offline,
+    optim,
+    run,
+    schedules,
+    step,
+)
+
+CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
+    # vocabularies and sources
+    vocabularies.SentencePieceVocabulary,
+    vocabularies.ByteVocabulary,
+    sources.TextSource,
+    sources.JsonlSource,
+    sources.TokenFileSource,
+    sources.TfdsSource,
+    textfiles.Lines,
+    textfiles.Paragraphs,
+    # tasks
+    preprocessors.Prefix,
+    preprocessors.Rename,
+    objectives.SpanCorruption,
+    objectives.TextToText,
+    layouts.as_encoder_decoder,
+    tasks.Task,
+    tasks.Mixture,
+    tasks.Chunks,
+    tasks.Proportional,
+    tasks.Capped,
+    tasks.Temperature,
+    # batches
+    packing.Pad,
+    packing.Pack,
+    pipeline.Batches,
+    pipeline.EvaluationBatches,
+    # models and transforms
+    config.ModelConfig,
+    config.StackConfig,
+    config.RelativeBias,
+    Partitioner,
+    transform.Full,
+    transform.Freeze,
+    lora.LoRA,
+    # training
+    step.Loss,
+    losses.by_real_tokens,
+    losses.by_total_tokens,
+    losses.by_sequence,
+    schedules.FactorSchedule,
+    optim.AdamW,
+    optim.Lion,
+    optim.Adafactor,
+    checkpoint.CheckpointPolicy,
+    run.RunCheckpoint,
+    evaluate.TeacherForced,
+    evaluate.Generate,
+    metrics.exact_match,
+    metrics.bleu,
+    metrics.chrf,
+    # programs
+    loop.train,
+    offline.evaluate_run,
+    infer.infer,
+    inspect.inspect_data,
+    inspect.inspect_params,
+    vocabulary_training.train_vocabulary,
+    bible.prepare,
+)

@@ -1,0 +1,92 @@
+"""What a run sees and holds, for people: batches as text, parameters as a table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from t5x_lite import trees
+from t5x_lite.data import inspection
+from t5x_lite.data.pipeline import Batches
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.peft.transform import Full, Transform, flatten_names
+from t5x_lite.sharding import Partitioner
+from t5x_lite.train.session import Session
+
+
+def inspect_data(
+    *, batches: Batches, step: int = 0, rows: int = 1, tokens: int = 40, console: Any = None
+) -> None:
+    """Prints what the model sees at `step`: ids, pieces, weights, segments and decoded text.
+
+    Args:
+      batches: the training batches, as in `train.batches`.
+      step: which batch.
+      rows: how many of its rows.
+      tokens: how many tokens of each stream to print one by one; the text is whole.
+    """
+    console = console or Console(soft_wrap=False)
+    found = inspection.describe(batches, step, slice(0, rows))
+    shapes = {key: (batches.batch_size, *shape[1:]) for key, shape in found["shapes"].items()}
+    console.print(f"[bold]Step {step}[/bold]: batch of " + escape(str(shapes)))
+    for row in found["rows"]:
+        for key, columns in row["tokens"].items():
+            table = Table(title=f"row {row['row']}, {key}", title_justify="left")
+            for column in columns:
+                table.add_column(column, justify="right")
+            for index in range(min(tokens, len(columns["ids"]))):
+                table.add_row(*(escape(str(values[index])) for values in columns.values()))
+            console.print(table)
+        for segment in row["segments"]:
+            for key, text in segment["text"].items():
+                console.print(
+                    f"row {row['row']}, segment {segment['segment']}, {key}: {text!r}", markup=False
+                )
+    console.print("[bold]Packing efficiency[/bold] (share of positions that hold a token)")
+    for name, share in {**found["efficiency"], **inspection.measure(batches)}.items():
+        console.print(f"  {name}: {share:.3f}")
+
+
+def inspect_params(
+    *,
+    model: ModelConfig,
+    transform: Transform = Full(),
+    partitioner: Partitioner = Partitioner(),
+    console: Any = None,
+) -> None:
+    """Prints the parameter table: path, shape, logical axes, sharding, count, and totals.
+
+    Nothing is allocated: it works for models of any size.
+    """
+    console = console or Console(width=max(Console().width, 150))  # paths are not cut
+    session = Session(model, transform, partitioner)
+    table = Table(title="Parameters")
+    for column in ("path", "shape", "axes", "sharding", "parameters", "per device", "trained"):
+        right = column in ("parameters", "per device")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    counts = []
+    names = session.split_names
+    for shapes, axes, trained in zip(session.split_shapes, names, ("yes", "no"), strict=True):
+        flat_axes = flatten_names(axes)
+        for path, leaf in trees.flatten(shapes).items():
+            shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
+            count = math.prod(leaf.shape)
+            counts.append((trained, count, shard))
+            table.add_row(
+                path,
+                str(leaf.shape),
+                " ".join(flat_axes[path]),
+                str(tuple(leaf.sharding.spec)),
+                f"{count:,}",
+                f"{shard:,}",
+                trained,
+            )
+    console.print(table)
+    for label, keep in (("trained", ("yes",)), ("frozen", ("no",)), ("all", ("yes", "no"))):
+        count = sum(count for trained, count, _ in counts if trained in keep)
+        shard = sum(shard for trained, _, shard in counts if trained in keep)
+        console.print(f"{label:>8}: {count:,} parameters, {shard:,} on each device")
