@@ -140,7 +140,15 @@ def _checksum(x: Any) -> Any:
         places = places * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(
             jnp.uint32, x.shape, axis
         )
-    return jnp.sum((bits ^ places) * (places | 1), dtype=jnp.uint32)
+    # Mixed, or else an even number of flipped signs would cancel out in the sum.
+    return jnp.sum(_mix(bits ^ _mix(places)), dtype=jnp.uint32)
+
+
+def _mix(x: Any) -> Any:
+    """MurmurHash3's finaliser: every bit of a uint32 moves about half of the result's."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def fingerprint(tree: Params) -> str:
