@@ -318,7 +318,9 @@ def main(function: Configurable, **given: Any) -> None:
         register()
         return commandline.help_text(function, _registered if everything else {})
 
-    app.run(run, flags_parser=lambda argv: commandline.parse_flags(argv, function, is_value, help_text))
+    app.run(
+        run, flags_parser=lambda argv: commandline.parse_flags(argv, function, is_value, help_text)
+    )
 
 
 def is_value(text: str) -> bool:

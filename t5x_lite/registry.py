@@ -22,6 +22,7 @@ from t5x_lite.evaluation import metrics
 from t5x_lite.models import config
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
+from t5x_lite.studies import demo
 from t5x_lite.train import (
     checkpoint,
     evaluate,
@@ -95,4 +96,5 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     inspect.inspect_params,
     vocabulary_training.train_vocabulary,
     bible.prepare,
+    demo.report,
 )

@@ -77,7 +77,10 @@ class _WithSentinels:
         return self.size - 1 - k
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids` up to the first eos, without padding; sentinels as `<extra_id_k>`."""
+        """The text of `ids` up to the first eos, without padding; sentinels as `<extra_id_k>`.
+
+        Ids that the vocabulary does not have decode as unk: a model's table may be larger.
+        """
         first_sentinel = self.size - self.extra_ids
         parts: list[str] = []
         run: list[int] = []
@@ -90,7 +93,7 @@ class _WithSentinels:
                 parts += [self._decode_run(run), f"<extra_id_{self.size - 1 - token}>"]
                 run = []
             else:
-                run.append(token)
+                run.append(token if 0 <= token < self.size else self.unk_id)
         parts.append(self._decode_run(run))
         return " ".join(part for part in parts if part)
 

@@ -23,7 +23,7 @@ from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
 from t5x_lite.train import writers
 from t5x_lite.train.checkpoint import Checkpointer, CheckpointPolicy, find_step, versions
-from t5x_lite.train.evaluate import PREDICTIONS, Evaluation, Evaluator
+from t5x_lite.train.evaluate import PREDICTIONS, Evaluation, Evaluator, Generate
 from t5x_lite.train.optim import Optimizer
 from t5x_lite.train.schedules import learning_rate_at
 from t5x_lite.train.session import Session, shardings
@@ -68,7 +68,8 @@ def train(
       loss: what is minimised.
       microbatches: the gradient is summed over so many parts of the batch, one after the other.
       partitioner: the mesh and its rules.
-      evaluations: what is measured at step 0, every `eval_period` steps and at the end.
+      evaluations: what is measured every `eval_period` steps and at the end; the teacher-forced
+        ones also at step 0.
       eval_period: steps; None: at start and end only.
       checkpoints: when they are written and which stay.
       log_period: steps between records in `metrics.jsonl`; a record is of one step, not a mean.
@@ -157,7 +158,9 @@ def train(
 
         def evaluate(step: int, state: steps.TrainState) -> dict[str, float]:
             count = 0 if eval_period is None else step // eval_period
-            which = [e for e in evaluations if step in (0, total_steps) or count % e.period == 0]
+            due = [e for e in evaluations if step in (0, total_steps) or count % e.period == 0]
+            # An untrained model rarely ends its output: generating from it takes longest.
+            which = [e for e in due if step > 0 or not isinstance(e, Generate)]
             path = os.path.join(model_dir, PREDICTIONS, f"{{name}}-{step}.jsonl")
             found = evaluator.run(state.params, frozen, which=which, predictions=path)
             if found:

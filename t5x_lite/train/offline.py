@@ -68,9 +68,7 @@ def evaluate_run(
             results[at] = known[at]
             continue
         if session is None:
-            session, trainable, frozen = runs.load(
-                runs.RunCheckpoint(model_dir, at), partitioner
-            )
+            session, trainable, frozen = runs.load(runs.RunCheckpoint(model_dir, at), partitioner)
             evaluator = Evaluator(session, evaluations)
         else:
             trainable = runs.load_trainable(runs.RunCheckpoint(model_dir, at), session)

@@ -122,3 +122,11 @@ def test_input_errors(tmp_path, vocabulary):
         vocabulary.sentinel_id(100)
     with pytest.raises(InputError, match="extra_ids"):
         ByteVocabulary(-1)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_ids_beyond_the_vocabulary_decode_as_unknown(kind, vocabulary):
+    """A model's embedding is often larger than its vocabulary, and may predict any row of it."""
+    one = vocabulary if kind == "sentencepiece" else ByteVocabulary()
+    known = one.encode("the sea").tolist()
+    assert one.decode([*known, one.size, one.size + 50]) == one.decode([*known, 2, 2])

@@ -1,0 +1,52 @@
+# Two commands: `make demo` and `make test`. Everything happens in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+# Programs of one shape are compiled once and kept: the demo's runs share most of theirs.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
+
+.PHONY: demo test test-slow lint install install-dev clean-demo
+DEMO := runs/demo
+SEED ?= 0
+
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/prepare_data.py --dataset=bible_text --data_dir=data
+	$(BIN)/python scripts/prepare_data.py --dataset=kjv_to_bbe --data_dir=data
+	$(BIN)/python scripts/train_vocab.py --gin_file=tasks/bible_vocabulary.gin
+	$(BIN)/python scripts/train.py --gin_file=runs/demo_pretrain.gin --gin.SEED=$(SEED)
+	$(BIN)/python scripts/train.py --gin_file=runs/demo_lora.gin --gin.SEED=$(SEED)
+	$(BIN)/python scripts/train.py --gin_file=runs/demo_lora_random.gin --gin.SEED=$(SEED)
+	$(BIN)/python scripts/train.py --gin_file=runs/demo_full.gin --gin.SEED=$(SEED)
+	$(BIN)/python scripts/demo_report.py --folder=$(DEMO)
+
+clean-demo:
+	rm -rf $(DEMO)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(VENV)/.demo
+install-dev: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; say which: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: setup.py | $(VENV)/bin/python
+	@echo "Installing into $(VENV) (a minute or two) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,studies]'
+	@touch $@
+
+$(VENV)/.dev: setup.py | $(VENV)/bin/python
+	@echo "Installing into $(VENV) (a minute or two) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,studies,test,dev]'
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,1 @@
+"""Runnable studies of why and how training works."""
