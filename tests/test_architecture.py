@@ -28,7 +28,7 @@ RANK = {
     "evaluation": 6,
     "train": 7,
     **dict.fromkeys(("planning", "studies"), 8),
-    **dict.fromkeys(("bindings", "commandline", "configure"), 9),
+    **dict.fromkeys(("bindings", "commandline", "registry", "configure"), 9),
     "scripts": 10,
 }
 DATA_IMPORTS = {"types", "data"}

@@ -1,4 +1,4 @@
-"""Properties of the one Transformer: causality, packing isolation, scan = unrolled, remat = none."""
+"""Properties of the one Transformer: causality, isolation, scan = unrolled, remat = none."""
 
 from __future__ import annotations
 
