@@ -137,7 +137,8 @@ def train(
         if save_config is not None:
             save_config(model_dir)
         for writer in log:
-            writer.truncate_after(start)
+            # A fresh start measures step 0 anew: what a killed one measured goes too.
+            writer.truncate_after(-1 if resumed is None else start)
         step_array = jax.device_put(np.int32(start), partitioner.replicated)
         state = steps.TrainState(step_array, params, opt_state)
         del params, opt_state

@@ -102,20 +102,25 @@ class Run:
             ) from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"'{path}' is not readable JSON: {error}") from error
-        vocabulary = dict(record["vocabulary"])
-        fingerprint = vocabulary.pop("fingerprint")
-        if "path" in vocabulary:
-            vocabulary["path"] = os.path.join(model_dir, vocabulary["path"])
-        base = record["base"]
-        return cls(
-            model=from_record(record["model"], _CLASSES),
-            transform=from_record(record["transform"], _CLASSES),
-            vocabulary=from_record(vocabulary, _CLASSES),
-            vocabulary_fingerprint=fingerprint,
-            base=None if base is None else RunCheckpoint(**base),
-            base_fingerprint=record["base_fingerprint"],
-            seed=record["seed"],
-        )
+        try:
+            vocabulary = dict(record["vocabulary"])
+            fingerprint = vocabulary.pop("fingerprint")
+            if "path" in vocabulary:
+                vocabulary["path"] = os.path.join(model_dir, vocabulary["path"])
+            base = record["base"]
+            return cls(
+                model=from_record(record["model"], _CLASSES),
+                transform=from_record(record["transform"], _CLASSES),
+                vocabulary=from_record(vocabulary, _CLASSES),
+                vocabulary_fingerprint=fingerprint,
+                base=None if base is None else RunCheckpoint(**base),
+                base_fingerprint=record["base_fingerprint"],
+                seed=record["seed"],
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"'{path}' is not the record of a run of this version: {error!r}"
+            ) from error
 
 
 def load_params(source: RunCheckpoint, config: ModelConfig, partitioner: Partitioner) -> Params:

@@ -162,6 +162,8 @@ CONFIGS = {
     "remat": common.with_stacks(DROPPING, remat="full"),
     "dots": common.with_stacks(DROPPING, remat="dots"),
     "bfloat16": dataclasses.replace(DROPPING, param_dtype="bfloat16", dtype="bfloat16"),
+    # A cast of float32 weights in the loop is kept too, unless it is recomputed.
+    "cast": dataclasses.replace(common.with_stacks(DROPPING, remat="dots"), dtype="bfloat16"),
 }
 
 

@@ -1,0 +1,123 @@
+"""Evaluation counts every example once, and what it generated can be read beside its score."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite import types
+from t5x_lite.data.objectives import TextToText
+from t5x_lite.data.pipeline import EvaluationBatches
+from t5x_lite.data.sources import JsonlSource
+from t5x_lite.data.tasks import Task
+from t5x_lite.data.vocabularies import ByteVocabulary
+from t5x_lite.peft.lora import LoRA
+from t5x_lite.sharding import Partitioner
+from t5x_lite.train import evaluate
+from t5x_lite.train.evaluate import Evaluator, Generate, TeacherForced
+from t5x_lite.train.session import Session
+from t5x_lite.types import InputError
+from tests.train import harness
+
+EXAMPLES = 11  # with 8 rows a batch: one full batch, and one of 3
+
+
+def overlap(targets, predictions):
+    """A metric that every pair of texts changes."""
+    pairs = zip(targets, predictions, strict=True)
+    return {"size": float(sum((i + 1) * (len(t) + len(p)) for i, (t, p) in enumerate(pairs)))}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    words = ["a", "bb", "ccc", "dddd", "é"]
+    records = [
+        {"inputs": " ".join(words[: i % 5 + 1]), "targets": words[i % 5] * (i % 4 + 1), "id": i}
+        for i in range(EXAMPLES)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    vocabulary = ByteVocabulary()
+    return Task(
+        name="pairs",
+        source=JsonlSource(files={"validation": str(path)}),
+        vocabulary=vocabulary,
+        objective=TextToText(vocabulary),
+        lengths={"encoder": 20, "decoder": 18},
+        metrics=[overlap],
+        postprocess=lambda text: text.strip().upper(),
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluated(task, tmp_path_factory):
+    """`(metrics, predictions, trainable, frozen, session)` of both evaluations, on 2x2x2."""
+    session = Session(harness.MODEL, LoRA(rank=2), Partitioner(data=2, fsdp=2, model=2))
+    trainable, frozen = session.split(session.init_base())
+    rng = np.random.default_rng(0)
+    trainable = jax.tree.map(
+        lambda x: jax.device_put(rng.normal(size=x.shape).astype(np.float32), x.sharding), trainable
+    )
+    batches = EvaluationBatches(task, batch_size=8)
+    evaluations = [
+        TeacherForced(name="held", batches=batches),
+        Generate(name="texts", batches=batches, max_tokens=6),
+    ]
+    traces = []
+    with pytest.MonkeyPatch.context() as patch:
+        greedy = evaluate.greedy
+        patch.setattr(evaluate, "greedy", lambda *a, **k: (traces.append(1), greedy(*a, **k))[1])
+        evaluator = Evaluator(session, evaluations)
+        path = str(tmp_path_factory.mktemp("run") / "predictions" / "{name}-7.jsonl")
+        metrics = evaluator.run(trainable, frozen, predictions=path)
+        again = evaluator.run(trainable, frozen, which=evaluations[1:])
+    assert again == {key: value for key, value in metrics.items() if key.startswith("texts/")}
+    assert len(traces) == 1  # one program for every batch and evaluation
+    with open(path.format(name="texts"), encoding="utf-8") as file:
+        predictions = [json.loads(line) for line in file]
+    return metrics, predictions, trainable, frozen, session
+
+
+def test_teacher_forcing_counts_each_example_once(evaluated, task):
+    metrics, _, trainable, frozen, session = evaluated
+    everything = EvaluationBatches(task, batch_size=EXAMPLES).batch(0)
+    params = session.transform.merge(*jax.device_get((trainable, frozen)))
+    logits = np.asarray(
+        jax.jit(lambda p: session.model.apply({"params": p}, everything))(params), np.float64
+    )
+    log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    targets = everything[types.DECODER_TARGET_TOKENS]
+    picked = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    weights = everything[types.DECODER_LOSS_WEIGHTS]
+    counts = weights.sum(1)
+    assert len(set(counts.tolist())) > 3  # a mean of batch means would be another number
+    expected = (weights * (log_z - picked)).sum() / weights.sum()
+    np.testing.assert_allclose(metrics["held/loss"], expected, rtol=1e-5)
+    hits = (weights * (logits.argmax(-1) == targets)).sum() / weights.sum()
+    np.testing.assert_allclose(metrics["held/accuracy"], hits, atol=1e-6)
+    assert set(metrics) == {"held/loss", "held/accuracy", "texts/size"}
+
+
+def test_generation_writes_a_line_an_example(evaluated, task):
+    metrics, predictions, *_ = evaluated
+    assert [record["id"] for record in predictions] == list(range(EXAMPLES))
+    assert [record["inputs"] for record in predictions][:3] == ["a", "a bb", "a bb ccc"]
+    assert len({record["prediction"] for record in predictions}) > 1
+    clean = task.postprocess
+    scored = overlap(
+        [clean(record["targets"]) for record in predictions],
+        [clean(record["prediction"]) for record in predictions],
+    )
+    assert metrics["texts/size"] == scored["size"]
+
+
+def test_evaluations_need_names_and_metrics(task, tmp_path):
+    held = TeacherForced(name="x", batches=EvaluationBatches(task, batch_size=8))
+    with pytest.raises(InputError, match="two evaluations have one name: x, x"):
+        Evaluator(Session(harness.MODEL), [held, held])
+    bare = EvaluationBatches(harness.tiny_task(tmp_path), batch_size=8)
+    with pytest.raises(InputError, match="'texts' generates, but task 'tiny' has no metrics"):
+        Generate(name="texts", batches=bare)
