@@ -73,9 +73,9 @@ class Bindings:
     def check(self, function: str, given: Iterable[str] = ()) -> None:
         """Raises InputError for what would make building `function`'s arguments fail, or mislead.
 
-        That is: a macro of the command line that nothing uses (misspelt, most likely), and among what `function`
-        reaches, macros that are required or not defined, missing arguments and circles. `given`
-        names arguments of `function` that come from elsewhere.
+        That is: a macro of the command line that nothing uses (misspelt, most likely), and among
+        what `function` reaches, macros that are required or not defined, missing arguments and
+        circles. `given` names arguments of `function` that come from elsewhere.
         """
         for (scope, name, _), bound in self.bound.items():
             # A file may offer macros that another program uses; a command line means its own.

@@ -1,4 +1,4 @@
-"""What gin files may name, each by its own name. New public classes and functions are added here."""
+"""What gin files may name, each by its own name: new public classes are added here."""
 
 from __future__ import annotations
 

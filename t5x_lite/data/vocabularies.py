@@ -61,6 +61,7 @@ class _WithSentinels:
     extra_ids: int
     size: int
     pad_id: int
+    unk_id: Any  # a property where it has to be read from a file
     eos_id: int
 
     @property

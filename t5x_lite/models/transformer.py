@@ -11,6 +11,7 @@ Shapes: b batch, l length, e embed, v vocab.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -134,7 +135,9 @@ class Stack(nn.Module):
         length = x.shape[1] if cache is None else cache.self_attention[0].shape[2]
         key_places = jnp.arange(length, dtype=jnp.int32)
         if self.causal:
-            visibility = visibility.replace(query_places=query_places, key_places=key_places)
+            visibility = dataclasses.replace(
+                visibility, query_places=query_places, key_places=key_places
+            )
         bias = positions.RelativeBias(
             config.positions,
             config.num_heads,
@@ -166,7 +169,7 @@ class Stack(nn.Module):
             x, cache, memory, visibility, memory_visibility, bias, index, deterministic
         )
         if cache is not None and written.cross_attention is None:
-            written = written.replace(cross_attention=cache.cross_attention)
+            written = dataclasses.replace(written, cross_attention=cache.cross_attention)
         x = layers.RMSNorm(config.norm_epsilon, self.param_dtype, name="final_norm")(x)
         return layers.Dropout(config.dropout, (-2,), name="drop_out")(x, deterministic), written
 
@@ -266,8 +269,9 @@ class Transformer(nn.Module):
             memory_visibility=memory_visibility,
             index=cache.index,
         )
+        assert written is not None
         index = cache.index + tokens.shape[1]
-        return self._logits(x), cache.replace(layers=written, index=index)
+        return self._logits(x), dataclasses.replace(cache, layers=written, index=index)
 
     def _embed(self, tokens: Array) -> Array:
         x = self.token_embedding(tokens, self.config.compute_dtype)

@@ -63,7 +63,9 @@ def infer(
     vocabulary = run.vocabulary
     encoded = []
     for number, text in enumerate(texts, start=done + 1):
-        ids = np.append(vocabulary.encode(prefix + text), vocabulary.eos_id).astype(np.int32)
+        ids: np.ndarray = np.append(vocabulary.encode(prefix + text), vocabulary.eos_id).astype(
+            np.int32
+        )
         if len(ids) > max_input_tokens:
             raise InputError(
                 f"input {number} has {len(ids)} tokens with its prefix and eos, more than "
@@ -91,7 +93,7 @@ def infer(
     ):
         for start in progress.track(range(0, len(texts), batch_size), description="decoding"):
             part = encoded[start : start + batch_size]
-            tokens = np.zeros((batch_size, max_input_tokens), np.int32)
+            tokens: np.ndarray = np.zeros((batch_size, max_input_tokens), np.int32)
             segments = np.zeros_like(tokens)
             for row, ids in enumerate(part):
                 tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1

@@ -58,7 +58,7 @@ class Session:
     def split_shapes(self) -> tuple[Params, Params]:
         """The trainable and the frozen parameters as shape structs with shardings."""
         shapes = jax.eval_shape(self._split, self.base_shapes)
-        return tuple(  # type: ignore[return-value]
+        return tuple(
             _with_shardings(shape, self.partitioner.tree_shardings(shape, names))
             for shape, names in zip(shapes, self.split_names, strict=True)
         )
