@@ -1,5 +1,7 @@
 """Installs t5x_lite: `pip install -e .`, with extras `eval`, `studies`, `test` and `dev`."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 EXTRAS = {
@@ -14,7 +16,7 @@ setup(
     name="t5x_lite",
     version="0.1.0",
     description="A lean JAX/Flax codebase to pretrain, fine-tune, evaluate and ship Transformers.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

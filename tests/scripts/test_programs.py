@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "light water word hand king house river stone bread day night people land voice".split()
+WORDS = ["light", "water", "word", "hand", "king", "house", "river", "stone", "bread", "day"]
 
 # A tiny run over text files: what a user would write for his own text.
 GIN = """

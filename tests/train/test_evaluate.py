@@ -56,10 +56,10 @@ def task(tmp_path_factory):
 def evaluated(task, tmp_path_factory):
     """`(metrics, predictions, trainable, frozen, session)` of both evaluations, on 2x2x2."""
     session = Session(harness.MODEL, LoRA(rank=2), Partitioner(data=2, fsdp=2, model=2))
-    trainable, frozen = session.split(session.init_base())
     rng = np.random.default_rng(0)
-    trainable = jax.tree.map(
-        lambda x: jax.device_put(rng.normal(size=x.shape).astype(np.float32), x.sharding), trainable
+    trainable, frozen = jax.tree.map(
+        lambda x: jax.device_put((0.3 * rng.normal(size=x.shape)).astype(x.dtype), x.sharding),
+        session.split_shapes,
     )
     batches = EvaluationBatches(task, batch_size=8)
     evaluations = [

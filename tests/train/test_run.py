@@ -28,11 +28,12 @@ from tests import common
 
 LORA = LoRA(rank=2, targets=(".*/query/kernel", "lm_head/kernel"))
 BYTES = ByteVocabulary()
+MODEL = common.GPT
 CUBE = Partitioner(data=2, fsdp=2, model=2)
 
 
 def run_of(vocabulary=BYTES, transform=Full(), **changes):
-    return Run(common.T5, transform, vocabulary, vocabulary.fingerprint, **changes)
+    return Run(MODEL, transform, vocabulary, vocabulary.fingerprint, **changes)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +42,9 @@ def run_of(vocabulary=BYTES, transform=Full(), **changes):
         run_of(),
         run_of(ByteVocabulary(extra_ids=7), LORA, base=RunCheckpoint("x", 3), base_fingerprint="f"),
         run_of(transform=Freeze(trainable=("decoder/.*",)), base=RunCheckpoint("y"), seed=4),
-        Run(common.with_stacks(common.GPT, dropout=0.1, unroll=2), Full(), BYTES, "0"),
+        Run(common.with_stacks(common.T5, dropout=0.1, unroll=2), Full(), BYTES, "0"),
     ],
-    ids=["full", "lora", "freeze", "gpt"],
+    ids=["full", "lora", "freeze", "t5"],
 )
 def test_a_run_comes_back_as_it_was_written(tmp_path, run):
     run.write(str(tmp_path / "new"))
@@ -53,8 +54,8 @@ def test_a_run_comes_back_as_it_was_written(tmp_path, run):
 def test_the_vocabulary_travels_with_the_run(tmp_path):
     source = tmp_path / "elsewhere" / "v.model"
     source.parent.mkdir()
-    texts = ["the quick brown fox jumps over the lazy dog", "a stitch in time saves nine"] * 20
-    train_sentencepiece(texts, str(source), vocab_size=280)
+    texts = [f"the lazy fox jumps over {i} quick brown dogs" for i in range(300)]
+    train_sentencepiece(texts, str(source), vocab_size=300)
     vocabulary = SentencePieceVocabulary(str(source), extra_ids=9)
     folder = tmp_path / "run"
     run_of(vocabulary).write(str(folder))
@@ -83,9 +84,10 @@ def test_what_is_no_run_is_named(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"run.json' is not the record of a run .*'vocabulary'"):
         Run.read(str(tmp_path))
-    record["model"]["class"] = "Model"
-    (tmp_path / "run.json").write_text(json.dumps(record | {"vocabulary": {}}))
-    with pytest.raises(InputError, match=r"class"):
+    run_of().write(str(tmp_path))
+    text = (tmp_path / "run.json").read_text().replace("ModelConfig", "ModelSettings")
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"record of class 'ModelSettings': expected one of"):
         Run.read(str(tmp_path))
 
 
@@ -105,10 +107,10 @@ def store(folder, session, trainable, **fields):
 def tuned(tmp_path_factory):
     """`(folder of the base, folder of adapters on it, base, adapters)`, written on 8x1x1."""
     base_dir, lora_dir = (tmp_path_factory.mktemp(name) for name in ("base", "lora"))
-    session = Session(common.T5, Full(), Partitioner())
+    session = Session(MODEL, Full(), Partitioner())
     base = session.init_base()
     store(base_dir, session, base)
-    lora = Session(common.T5, LORA, Partitioner())
+    lora = Session(MODEL, LORA, Partitioner())
     adapters, frozen = lora.split(base)
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(
@@ -127,7 +129,7 @@ def test_parameters_load_onto_another_mesh(tuned):
     base_dir, _, base, _ = tuned
     session, found, frozen = load(RunCheckpoint(str(base_dir)), CUBE)
     assert frozen == {}
-    assert session.config == common.T5
+    assert session.config == MODEL
     jax.tree.map(np.testing.assert_array_equal, found, base)
     kernel = found["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 16, 32)
@@ -135,14 +137,14 @@ def test_parameters_load_onto_another_mesh(tuned):
 
 def test_restored_adapters_compute_what_they_computed(tuned):
     _, lora_dir, base, adapters = tuned
-    batch = common.random_batch(common.T5)
+    batch = common.random_batch(MODEL)
     session, found, frozen = load(RunCheckpoint(str(lora_dir)), Partitioner())
     assert session.transform == LORA
     jax.tree.map(np.testing.assert_array_equal, (found, frozen), (adapters, base))
     logits = jax.jit(lambda params: session.model.apply({"params": params}, batch))
     expected = logits(LORA.apply(adapters, base))
     np.testing.assert_array_equal(logits(session.transform.apply(found, frozen)), expected)
-    merged = load_params(RunCheckpoint(str(lora_dir)), common.T5, Partitioner())
+    merged = load_params(RunCheckpoint(str(lora_dir)), MODEL, Partitioner())
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(logits(merged) / scale, expected / scale, rtol=1e-5, atol=1e-5)
@@ -156,7 +158,7 @@ def test_adapters_refuse_another_base(tuned, tmp_path):
             jnp.nextafter(kernel[1, 2, 3], 9.0)
         )
     }
-    store(tmp_path / "other", Session(common.T5), trees.unflatten(changed))
+    store(tmp_path / "other", Session(MODEL), trees.unflatten(changed))
     shutil.copytree(lora_dir, tmp_path / "lora")
     run = Run.read(str(tmp_path / "lora"))
     run = dataclasses.replace(run, base=RunCheckpoint(str(tmp_path / "other"), 1))
@@ -169,8 +171,8 @@ def test_adapters_refuse_another_base(tuned, tmp_path):
 
 
 def test_a_model_of_other_shapes_does_not_load(tuned):
-    wider = common.with_stacks(common.T5, mlp_dim=128)
-    with pytest.raises(InputError, match=r"encoder/layers/mlp/wi_0/kernel is \(2, 32, 64\), the"):
+    wider = common.with_stacks(MODEL, mlp_dim=128)
+    with pytest.raises(InputError, match=r"decoder/layers/mlp/wi_0/kernel is \(2, 32, 64\), the"):
         load_params(RunCheckpoint(str(tuned[0])), wider, Partitioner())
     with pytest.raises(InputError, match=r"has no checkpoint of step 5"):
-        load_params(RunCheckpoint(str(tuned[0]), 5), common.T5, Partitioner())
+        load_params(RunCheckpoint(str(tuned[0]), 5), MODEL, Partitioner())
