@@ -7,17 +7,18 @@ export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
 .PHONY: demo test test-slow lint install install-dev clean-demo
-DEMO := runs/demo
 SEED ?= 0
+DEMO := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+TRAIN := $(BIN)/python scripts/train.py --gin.SEED=$(SEED)
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/prepare_data.py --dataset=bible_text --data_dir=data
 	$(BIN)/python scripts/prepare_data.py --dataset=kjv_to_bbe --data_dir=data
 	$(BIN)/python scripts/train_vocab.py --gin_file=tasks/bible_vocabulary.gin
-	$(BIN)/python scripts/train.py --gin_file=runs/demo_pretrain.gin --gin.SEED=$(SEED)
-	$(BIN)/python scripts/train.py --gin_file=runs/demo_lora.gin --gin.SEED=$(SEED)
-	$(BIN)/python scripts/train.py --gin_file=runs/demo_lora_random.gin --gin.SEED=$(SEED)
-	$(BIN)/python scripts/train.py --gin_file=runs/demo_full.gin --gin.SEED=$(SEED)
+	$(TRAIN) --gin_file=runs/demo_pretrain.gin --model_dir=$(DEMO)/pretrained
+	$(TRAIN) --gin_file=runs/demo_lora.gin --model_dir=$(DEMO)/lora --gin.PRETRAINED=$(DEMO)/pretrained
+	$(TRAIN) --gin_file=runs/demo_lora_random.gin --model_dir=$(DEMO)/lora_random
+	$(TRAIN) --gin_file=runs/demo_full.gin --model_dir=$(DEMO)/full --gin.PRETRAINED=$(DEMO)/pretrained
 	$(BIN)/python scripts/demo_report.py --folder=$(DEMO)
 
 clean-demo:

@@ -79,7 +79,7 @@ def train(
       save_config: writes the operative config into the run's folder.
 
     Returns:
-      The metrics of the last evaluation, by `<evaluation>/<metric>`.
+      The metrics of the last evaluation, by `<evaluation>/<metric>`; none if nothing was left to do.
 
     Raises:
       InputError: before anything is compiled, for parts that do not fit each other.
@@ -143,6 +143,9 @@ def train(
         state = steps.TrainState(step_array, params, opt_state)
         del params, opt_state
 
+        if start >= total_steps:
+            say(f"Nothing to do: {model_dir} has its {total_steps} steps")
+            return {}
         first = _put(session, batches, batches.batch(start, _rows(session, batches)))
         say(
             f"Training {trees.count(state.params):,} of "
