@@ -48,6 +48,12 @@ def test_the_first_full_match_wins():
     assert trees.select(TREE, rules)["a"]["c"]["kernel"] == "second"
 
 
+def test_a_rule_takes_whole_paths_only():
+    paths = ["x/kernel", "x/kernel/a", "y/x/kernel"]
+    found = trees.match_first((("x/kernel", 1),), paths, default=0)
+    assert found == {"x/kernel": 1, "x/kernel/a": 0, "y/x/kernel": 0}
+
+
 def test_a_rule_in_the_shadow_of_others_counts_as_matching():
     found = trees.match_first(((".*", 1), ("d", 2)), FLAT)
     assert set(found.values()) == {1}

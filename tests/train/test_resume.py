@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -62,6 +63,7 @@ def whole(tmp_path_factory, data_dir):
     traces = {"train_step": 0, "eval_step": 0}
 
     def counted(name, function):
+        @functools.wraps(function)  # its name is part of the cache's key
         def call(*args, **kwargs):
             traces[name] += 1
             return function(*args, **kwargs)
@@ -108,16 +110,16 @@ def test_a_run_compiles_its_step_once(whole):
 
 
 def test_stopped_again_and_again(whole, data_dir, tmp_path, monkeypatch):
-    """Before the first checkpoint (3), with one under way (3, 6), between two, before the end."""
+    """Before the first checkpoint (3), with one under way, between two, near the end."""
     starts = []
-    for step in (2, 3, 5, 6, 8):
+    for step in (2, 3, 5, 8):
         with monkeypatch.context() as patch:
             harness.stop_at(step, stop, lambda *args: patch.setattr(*args))
             with pytest.raises(Stop):
                 loop.train(**harness.tiny_run(tmp_path, data_dir))
         checkpoints = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
         starts.append(max(checkpoints, default=0))
-    assert starts == [0, 3, 3, 6, 6]
+    assert starts == [0, 3, 3, 6]
     results = loop.train(**harness.tiny_run(tmp_path, data_dir))
     assert_same(tmp_path, whole[0])
     assert results == whole[1]
@@ -130,6 +132,7 @@ def test_a_finished_run_started_again_changes_nothing(whole, data_dir, tmp_path)
     assert ((folder / "metrics.jsonl").read_bytes(), everything(folder)) == before
 
 
+@pytest.mark.slow
 def test_resumes_on_another_mesh(whole, data_dir, tmp_path):
     """From step 6 on, optimizer state and dropout included: the same but for rounding."""
     target = tmp_path / "run"
