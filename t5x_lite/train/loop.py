@@ -79,7 +79,7 @@ def train(
       save_config: writes the operative config into the run's folder.
 
     Returns:
-      The metrics of the last evaluation, by `<evaluation>/<metric>`; none if nothing was left to do.
+      The metrics of the last evaluation, by `<evaluation>/<metric>`; empty if none was left to do.
 
     Raises:
       InputError: before anything is compiled, for parts that do not fit each other.
