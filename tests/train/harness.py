@@ -10,17 +10,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from t5x_lite import types
+from t5x_lite import trees, types
 from t5x_lite.data.objectives import SpanCorruption
 from t5x_lite.data.pipeline import Batches, EvaluationBatches
 from t5x_lite.data.sources import TextSource
 from t5x_lite.data.tasks import Chunks, Task
 from t5x_lite.data.vocabularies import ByteVocabulary
+from t5x_lite.models import transformer
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.sharding import MESH_AXES, Partitioner
 from t5x_lite.train.checkpoint import CheckpointPolicy
@@ -51,7 +54,7 @@ def one_device() -> Partitioner:
     return partitioner
 
 
-def start(session: Session, optimizer, base) -> tuple[TrainState, types.Params]:
+def start(session: Session, optimizer: Any, base: Any) -> tuple[TrainState, types.Params]:
     """`(state, frozen)` of step 0 from host arrays `base`, in the session's shardings."""
     # Copies: the step is given these buffers to overwrite.
     base = jax.device_put(jax.tree.map(np.array, base), shardings(session.base_shapes))
@@ -62,9 +65,35 @@ def start(session: Session, optimizer, base) -> tuple[TrainState, types.Params]:
     return TrainState(step, params, opt_state), frozen
 
 
+def host_params(config: ModelConfig, seed: int = 0) -> types.Params:
+    """Random parameters as numpy arrays, of about the scale of fresh ones; nothing is compiled."""
+    model = transformer.Transformer(config)
+    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        noise = rng.normal(size=shape.shape)
+        return (1 + 0.1 * noise if path.endswith("scale") else 0.2 * noise).astype(shape.dtype)
+
+    return trees.map_with_path(draw, shapes)
+
+
+def compile_quickly(lowered: Any) -> Any:
+    try:
+        return lowered.compile(compiler_options=QUICK)
+    except jax.errors.JaxRuntimeError:  # an XLA without one of these options
+        return lowered.compile()
+
+
 def compile_step(
-    session: Session, optimizer, state, frozen, batch, microbatches: int = 1, loss: Loss = Loss()
-):
+    session: Session,
+    optimizer: Any,
+    state: TrainState,
+    frozen: types.Params,
+    batch: types.Batch,
+    microbatches: int = 1,
+    loss: Loss = Loss(),
+) -> Any:
     """`(state, frozen, batch) -> (state, metrics)`, the state donated, as the loop compiles it."""
     step = functools.partial(
         train_step,
@@ -81,11 +110,7 @@ def compile_step(
         out_shardings=(shardings(state), session.partitioner.replicated),
     )
     with session.partitioner.activate():
-        lowered = jitted.lower(state, frozen, batch)
-    try:
-        return lowered.compile(compiler_options=QUICK)
-    except jax.errors.JaxRuntimeError:  # an XLA without one of these options
-        return lowered.compile()
+        return compile_quickly(jitted.lower(state, frozen, batch))
 
 
 def uneven_batch(config: ModelConfig, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -123,7 +148,9 @@ MODEL = ModelConfig(vocab_size=384, embed_dim=16, encoder=STACK, decoder=STACK)
 TOTAL_STEPS = 10
 
 
-def tiny_run(model_dir: str, data_dir: str, **changes) -> dict:
+def tiny_run(
+    model_dir: str | os.PathLike[str], data_dir: str | os.PathLike[str], **changes: Any
+) -> dict[str, Any]:
     """Arguments of `loop.train` for a run with dropout, evaluations and a checkpoint each 3 steps.
 
     Its last checkpoint, of step 10, is out of step with the period.
@@ -182,12 +209,12 @@ def main() -> None:
     loop.train(**run)
 
 
-def stop_at(step: int, stop, setattr=setattr) -> None:
+def stop_at(step: int, stop: Callable[[], None], setattr: Callable[..., None] = setattr) -> None:
     """Makes the loop call `stop` when it asks for the batch after `step`."""
     from t5x_lite.data.pipeline import iterate
     from t5x_lite.train import loop
 
-    def stopping(batches, start, **kwargs):
+    def stopping(batches: Any, start: int, **kwargs: Any) -> Iterator[Any]:
         for done, batch in enumerate(iterate(batches, start, **kwargs), start):
             if done == step:
                 stop()

@@ -137,8 +137,8 @@ def test_resumes_on_another_mesh(whole, data_dir, tmp_path):
     """From step 6 on, optimizer state and dropout included: the same but for rounding."""
     target = tmp_path / "run"
     shutil.copytree(whole[0], target)
-    for step in ("9", "10"):
-        shutil.rmtree(target / "checkpoints" / step)
+    for name in ("9", "10"):
+        shutil.rmtree(target / "checkpoints" / name)
     cube = Partitioner(data=2, fsdp=2, model=2)
     loop.train(**harness.tiny_run(target, data_dir, partitioner=cube, evaluations=()))
 

@@ -22,9 +22,10 @@ from t5x_lite.peft.transform import Freeze, Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train.checkpoint import Checkpointer
 from t5x_lite.train.run import Run, RunCheckpoint, load, load_params
-from t5x_lite.train.session import Session
+from t5x_lite.train.session import Session, shardings
 from t5x_lite.types import InputError
 from tests import common
+from tests.train import harness
 
 LORA = LoRA(rank=2, targets=(".*/query/kernel", "lm_head/kernel"))
 BYTES = ByteVocabulary()
@@ -108,7 +109,7 @@ def tuned(tmp_path_factory):
     """`(folder of the base, folder of adapters on it, base, adapters)`, written on 8x1x1."""
     base_dir, lora_dir = (tmp_path_factory.mktemp(name) for name in ("base", "lora"))
     session = Session(MODEL, Full(), Partitioner())
-    base = session.init_base()
+    base = jax.device_put(harness.host_params(MODEL), shardings(session.base_shapes))
     store(base_dir, session, base)
     lora = Session(MODEL, LORA, Partitioner())
     adapters, frozen = lora.split(base)
