@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from absl import flags
 
-from t5x_lite.data.examples import Cache, TrainingExamples, keyed_rng
+from t5x_lite.data.examples import Cache, TrainingExamples, derived_seed, keyed_rng
 from t5x_lite.data.packing import Assembly, Pad, Window
 from t5x_lite.data.tasks import Mixture, Task, assign
 from t5x_lite.types import InputError, check_batch
@@ -86,10 +86,19 @@ class Batches:
         return self._members[which].streams(before, keyed_rng(self.seed, index))
 
     def window(self, index: int) -> Window:
-        """Window `index` of the run, assembled."""
+        """Window `index` of the run, assembled; with `shuffle`, its rows in random order.
+
+        First fit leaves the last rows of a window the emptiest: in order, they would fill whole
+        batches with little but padding.
+        """
         first = index * self.assembly.window
         examples = [self.example(e) for e in range(first, first + self.assembly.window)]
-        return self.assembly(examples, self.task.lengths)
+        window = self.assembly(examples, self.task.lengths)
+        if not self.shuffle:
+            return window
+        rng = keyed_rng(derived_seed("rows", self.seed, self.task.name), index)
+        order = rng.permutation(self.assembly.rows)
+        return dataclasses.replace(window, rows={k: v[order] for k, v in window.rows.items()})
 
     @functools.cached_property
     def _cached_window(self) -> Cache[Window]:

@@ -368,3 +368,20 @@ def test_input_errors(folder):
         EvaluationBatches(mixture(folder), "train")
     with pytest.raises(InputError, match="limit"):
         EvaluationBatches(task, "test", limit=0)
+
+
+def test_rows_of_a_packed_window_come_in_random_order(folder):
+    """Else whole batches would be the near-empty last rows that first fit leaves."""
+    assembly = Pack(20, 8)
+    batches = Batches(pairs_task(folder), batch_size=8, assembly=assembly)
+    orders = set()
+    for index in range(4):
+        examples = [batches.example(e) for e in range(index * 20, index * 20 + 20)]
+        fitted = assembly(examples, LENGTHS).rows["decoder_target_tokens"]
+        found = batches.window(index).rows["decoder_target_tokens"]
+        assert sorted(map(tuple, found)) == sorted(map(tuple, fitted))
+        orders.add(tuple(int(np.flatnonzero((fitted == row).all(axis=1))[0]) for row in found))
+    assert len(orders) > 1
+    together = batches.window(2).rows
+    for key in together:  # all streams of a row move together
+        np.testing.assert_array_equal(together[key], batches.batch(2)[key])

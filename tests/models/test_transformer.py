@@ -35,7 +35,7 @@ def influence(config, batch, stream, row, place):
         logits = model.apply({"params": values}, batch)
         return jnp.sum(jnp.sin(logits[row, place]))
 
-    gradient = jax.grad(output)(params["token_embedding"]["embedding"])
+    gradient = jax.jit(jax.grad(output))(params["token_embedding"]["embedding"])
     return np.asarray(jnp.abs(gradient[:size]).sum(-1) > 0).reshape(batch[stream].shape)
 
 
@@ -93,8 +93,8 @@ def test_a_packed_row_computes_what_its_segments_compute_alone():
     packed = {key: np.concatenate([p[key] for p in parts], axis=1) for key in parts[0]}
     packed[types.ENCODER_SEGMENT_IDS] = np.repeat([[1, 2]], (5, 7), axis=1).astype(np.int32)
     packed[types.DECODER_SEGMENT_IDS] = np.repeat([[1, 2]], (4, 6), axis=1).astype(np.int32)
-    together = model.apply({"params": params}, packed)
-    alone = [model.apply({"params": params}, part) for part in parts]
+    together = jax.jit(model.apply)({"params": params}, packed)
+    alone = [jax.jit(model.apply)({"params": params}, part) for part in parts]
     np.testing.assert_allclose(together, np.concatenate(alone, axis=1), rtol=1e-4, atol=1e-5)
 
 
