@@ -53,7 +53,8 @@ def test_the_readmes_commands_run(tmp_path):
             "PYTHON": sys.executable,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+            "--xla_llvm_disable_expensive_passes=true",
         },
         capture_output=True,
         text=True,

@@ -26,7 +26,11 @@ def padded_batch():
 
 
 def uncached(model, params, batch):
-    """The definition: the whole prefix through the model for each new token, one row at a time."""
+    """The definition: the whole prefix through the model for each new token, one row at a time.
+
+    What follows the prefix is padding that a causal decoder cannot see: one shape, one program.
+    """
+    apply = jax.jit(lambda params, inputs: model.apply({"params": params}, inputs))
     rows = []
     for row in range(batch[types.ENCODER_INPUT_TOKENS].shape[0]):
         length = int(batch[types.ENCODER_SEGMENT_IDS][row].sum())
@@ -35,16 +39,16 @@ def uncached(model, params, batch):
         for _ in range(NEW):
             inputs = {
                 types.ENCODER_INPUT_TOKENS: encoder,
-                types.DECODER_INPUT_TOKENS: jnp.asarray([tokens], jnp.int32),
+                types.DECODER_INPUT_TOKENS: np.asarray([(tokens + [PAD] * NEW)[:NEW]], np.int32),
             }
-            tokens.append(int(jnp.argmax(model.apply({"params": params}, inputs)[0, -1])))
+            tokens.append(int(np.argmax(apply(params, inputs)[0, len(tokens) - 1])))
             if tokens[-1] == EOS:
                 break
         rows.append((tokens[1:] + [PAD] * NEW)[:NEW])
     return np.asarray(rows)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_greedy_equals_recomputing_everything(seed):
     model, params = common.build(common.T5, seed)
     batch = padded_batch()
@@ -74,14 +78,15 @@ def test_cached_logits_equal_uncached(config):
     batch = common.random_batch(config)
     batch = {k: v for k, v in batch.items() if k.endswith("input_tokens")}
     tokens = batch[types.DECODER_INPUT_TOKENS]
-    expected = model.apply({"params": params}, batch)
+    variables = {"params": params}
+    expected = jax.jit(model.apply)(variables, batch)
+    prefill = jax.jit(lambda v, b: model.apply(v, b, 10, method="prefill"))
+    extend = jax.jit(lambda v, t, c: model.apply(v, t, c, method="extend"))
     start = batch | {types.DECODER_INPUT_TOKENS: tokens[:, :3]}
-    logits, cache = model.apply({"params": params}, start, 10, method="prefill")
+    logits, cache = prefill(variables, start)
     np.testing.assert_allclose(logits, expected[:, :3], rtol=1e-4, atol=1e-5)
     for place in range(3, tokens.shape[1]):
-        logits, cache = model.apply(
-            {"params": params}, tokens[:, place : place + 1], cache, method="extend"
-        )
+        logits, cache = extend(variables, tokens[:, place : place + 1], cache)
         np.testing.assert_allclose(
             logits[:, 0], expected[:, place], rtol=1e-4, atol=1e-5, err_msg=str(place)
         )
