@@ -22,7 +22,7 @@ import numpy as np
 from t5x_lite import types
 from t5x_lite.models import cache as kv_cache
 from t5x_lite.models import layers, positions
-from t5x_lite.models.attention import MultiHeadAttention, Visibility
+from t5x_lite.models.attention import ATTENDED, MultiHeadAttention, Visibility
 from t5x_lite.models.cache import Cache, LayerCache
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.sharding import constrain
@@ -30,7 +30,10 @@ from t5x_lite.types import Array, Batch, Params
 
 _REMAT_POLICY = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
 }
 
 
