@@ -152,7 +152,7 @@ def train(
             f"{trees.count(session.base_shapes):,} parameters on "
             f"{partitioner.mesh.size} {jax.devices()[0].platform} device(s); compiling ..."
         )
-        compiled, seconds = _compile(
+        compiled, seconds = compile_step(
             session, transformation, loss, microbatches, seed, state, frozen, first
         )
         say(f"  compiled in {seconds:.1f} s")
@@ -288,7 +288,7 @@ def _put(session: Session, batches: Batches, batch: types.Batch) -> dict[str, ja
     return session.partitioner.put_batch(batch, batches.batch_size)
 
 
-def _compile(
+def compile_step(
     session: Session,
     transformation: Any,
     loss: steps.Loss,

@@ -1,0 +1,250 @@
+"""Times the real training step: tokens/s, GFLOP/s, share of the matmul ceiling, where time goes.
+
+    python benchmarks/train_step.py --config=small          # T5 1.1 small, batch 8, 512 -> 114
+    python benchmarks/train_step.py --config=small --remat=dots --dtype=bfloat16
+    python benchmarks/train_step.py --config=tiny           # the demo's model and shapes
+
+Nothing here is asserted. Steps alternate with matrix products of the model's own shapes, so that
+both see the same machine; quote the median, and CPU-seconds where the machine is shared.
+"""
+
+from __future__ import annotations
+
+import collections
+import glob
+import os
+import re
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from t5x_lite import types
+from t5x_lite.models import flops
+from t5x_lite.models.config import ModelConfig, StackConfig
+from t5x_lite.train import optim
+from t5x_lite.train import step as steps
+from t5x_lite.train.loop import compile_step
+from t5x_lite.train.session import Session
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, and the batch it is timed on."""
+
+    stack: dict[str, int]
+    embed: int
+    vocab: int
+    rows: int
+    encoder: int
+    decoder: int
+
+
+SHAPES = {
+    "small": Shape(
+        {"num_layers": 8, "num_heads": 6, "head_dim": 64, "mlp_dim": 1024}, 512, 32128, 8, 512, 114
+    ),
+    "tiny": Shape(
+        {"num_layers": 3, "num_heads": 3, "head_dim": 64, "mlp_dim": 384}, 192, 4224, 16, 128, 32
+    ),
+    "test": Shape(
+        {"num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 32}, 16, 64, 2, 16, 8
+    ),
+}
+OPTIMIZERS = {"adamw": optim.AdamW(1e-4), "adafactor": optim.Adafactor(1e-3)}
+
+_CONFIG = flags.DEFINE_enum("config", "small", sorted(SHAPES), "Model and batch.")
+_OPTIMIZER = flags.DEFINE_enum("optimizer", "adamw", sorted(OPTIMIZERS), "Optimizer.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
+_REMAT = flags.DEFINE_string("remat", "none", "StackConfig.remat: none, full or dots.")
+_UNROLL = flags.DEFINE_integer("unroll", 1, "StackConfig.unroll.")
+_STEPS = flags.DEFINE_integer("steps", 7, "Timed steps, after one that is not.")
+_COSTS = flags.DEFINE_integer("costs", 12, "Rows of the cost table; 0: no profile.")
+
+
+class Timed:
+    """A function that remembers the wall and CPU seconds of its calls."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self._function = function
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def __call__(self) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        jax.block_until_ready(self._function())
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+
+
+def random_batch(shape: Shape) -> dict[str, np.ndarray]:
+    """A batch without padding."""
+    rng = np.random.default_rng(0)
+
+    def tokens(length: int) -> np.ndarray:
+        return rng.integers(2, shape.vocab, (shape.rows, length)).astype(np.int32)
+
+    ones = {
+        name: np.ones((shape.rows, getattr(shape, name)), np.int32)
+        for name in ("encoder", "decoder")
+    }
+    return {
+        types.ENCODER_INPUT_TOKENS: tokens(shape.encoder),
+        types.ENCODER_SEGMENT_IDS: ones["encoder"],
+        types.DECODER_INPUT_TOKENS: tokens(shape.decoder),
+        types.DECODER_TARGET_TOKENS: tokens(shape.decoder),
+        types.DECODER_LOSS_WEIGHTS: ones["decoder"].astype(np.float32),
+        types.DECODER_SEGMENT_IDS: ones["decoder"],
+    }
+
+
+def ceiling(shape: Shape, dtype: str) -> tuple[Callable[[], Any], float]:
+    """Products of the feed-forward block's shape over the encoder's tokens, and their GFLOP."""
+    rows, inner, outer = shape.rows * shape.encoder, shape.embed, shape.stack["mlp_dim"]
+    x = jnp.ones((rows, inner), dtype)
+    w, v = jnp.ones((inner, outer), dtype), jnp.ones((outer, inner), dtype)
+    repeats = max(1, int(2e10 / (4 * rows * inner * outer)))
+
+    @jax.jit
+    def products(x: jax.Array) -> jax.Array:
+        dot = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(dtype)
+        return jax.lax.fori_loop(0, repeats, lambda _, x: dot(dot(x, w), v) * 1e-6, x)
+
+    return lambda: products(x), repeats * 4 * rows * inner * outer / 1e9
+
+
+def part_of(op_name: str) -> str:
+    """The part of the model that an operation belongs to, from its name in the compiled program.
+
+    `jit(train_step)/transpose(jvp(Transformer))/decoder/while/body/mlp/wi_0/dot_general`
+    -> `decoder mlp, backward`.
+    """
+    direction = "backward" if "transpose(" in op_name else "forward"
+    stack = "decoder " if "decoder" in op_name else "encoder " if "encode" in op_name else ""
+    parts = (
+        *("self_attention_norm", "cross_attention_norm", "mlp_norm", "final_norm"),
+        *("self_attention", "cross_attention", "mlp", "relative_bias"),
+    )
+    found = next((part for part in parts if f"{part}/" in op_name or f"{part})" in op_name), None)
+    if found:
+        return f"{stack}{found}, {direction}"
+    if "lm_head" in op_name or "_reduce_vocab" in op_name:
+        return f"logits and loss, {direction}"
+    if "token_embedding" in op_name:
+        return f"embedding, {direction}"
+    if "while" in op_name:
+        return f"{stack}loop over layers (slices, stacking, residual sums), {direction}"
+    return "optimizer and the rest"
+
+
+def costs(compiled: Any, run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds by part of the model, from one profiled step; threads' operations may overlap."""
+    named = dict(
+        re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', compiled.as_text(), re.M)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        (path,) = glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True)
+        profile = jax.profiler.ProfileData.from_file(path)
+    spans: dict[Any, list[Any]] = {}
+    for plane in profile.planes:
+        for line in plane.lines:
+            for event in line.events:
+                stats = dict(event.stats)
+                if "hlo_op" in stats and "_p" in stats:
+                    spans.setdefault(stats["_p"], [None, 0, 0])[:2] = (
+                        stats["hlo_op"],
+                        event.start_ns,
+                    )
+                elif event.name.startswith("end: ") and "_c" in stats:
+                    spans.setdefault(stats["_c"], [None, 0, 0])[2] = event.end_ns
+    total: collections.Counter[str] = collections.Counter()
+    for name, start, end in spans.values():
+        if name and start and end and not name.startswith(("while", "call")):
+            total[part_of(named.get(name, ""))] += (end - start) / 1e9
+    return dict(total.most_common())
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        sys.exit(f"error: unexpected '{argv[1]}' (--help shows the flags)")
+    shape = SHAPES[_CONFIG.value]
+    stack = StackConfig(**shape.stack, remat=_REMAT.value, unroll=_UNROLL.value)
+    config = ModelConfig(
+        vocab_size=shape.vocab,
+        embed_dim=shape.embed,
+        encoder=stack,
+        decoder=stack,
+        dtype=_DTYPE.value,
+    )
+    session = Session(config)
+    optimizer = session.optimizer(OPTIMIZERS[_OPTIMIZER.value])
+    params, frozen = session.split(session.init_base())
+    state = steps.TrainState(
+        jax.device_put(np.int32(0), session.partitioner.replicated),
+        params,
+        session.init_opt_state(optimizer, params),
+    )
+    del params
+    batch = session.partitioner.put_batch(random_batch(shape), shape.rows)
+    compiled, seconds = compile_step(session, optimizer, steps.Loss(), 1, 0, state, frozen, batch)
+
+    def one_step() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, frozen, batch)
+        return metrics
+
+    product, gigaflop = ceiling(shape, _DTYPE.value)
+    step, product = Timed(one_step), Timed(product)
+    for _ in range(_STEPS.value + 1):
+        step()
+        product()
+    wall, cpu = (statistics.median(times[1:]) for times in (step.wall, step.cpu))
+    best = gigaflop / statistics.median(product.wall[1:])
+    reached = flops.train_flops(config, batch) / wall / 1e9
+    tokens = shape.rows * (shape.encoder + shape.decoder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    console = Console(width=max(Console().width, 100))
+    lengths = f"batch {shape.rows}, {shape.encoder} -> {shape.decoder}"
+    how = f"{_DTYPE.value}, {_OPTIMIZER.value}, remat {_REMAT.value}"
+    table = Table(title=f"T5 1.1 {_CONFIG.value}, {lengths}, {how}")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, value in (
+        ("compile, seconds", f"{seconds:.1f}"),
+        ("step, seconds (median)", f"{wall:.3f}"),
+        ("step, CPU-seconds (median)", f"{cpu:.3f}"),
+        ("tokens/s, encoder + decoder", f"{tokens / wall:,.0f}"),
+        ("model GFLOP/s", f"{reached:.1f}"),
+        ("matmul ceiling, GFLOP/s", f"{best:.1f}"),
+        ("percent of the ceiling", f"{100 * reached / best:.0f}"),
+        ("peak resident, GiB", f"{peak:.2f}"),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+    if _COSTS.value:
+        found = costs(compiled, one_step)
+        table = Table(title="Where one step's time goes")
+        for column in ("part", "ms", "percent"):
+            table.add_column(column, justify="left" if column == "part" else "right")
+        whole = sum(found.values()) or 1.0
+        for name, spent in list(found.items())[: _COSTS.value]:
+            table.add_row(name, f"{1e3 * spent:.1f}", f"{100 * spent / whole:.0f}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    app.run(main)
