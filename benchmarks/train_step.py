@@ -59,7 +59,7 @@ SHAPES = {
         StackConfig(num_layers=8, num_heads=6, head_dim=64, mlp_dim=1024), 512, 32128, 8, 512, 114
     ),
     "tiny": Shape(
-        StackConfig(num_layers=3, num_heads=3, head_dim=64, mlp_dim=384), 192, 4224, 16, 128, 32
+        StackConfig(num_layers=3, num_heads=3, head_dim=64, mlp_dim=384), 192, 4224, 16, 128, 64
     ),
     "test": Shape(StackConfig(num_layers=1, num_heads=2, head_dim=8, mlp_dim=32), 16, 64, 2, 16, 8),
 }

@@ -15,6 +15,6 @@ for flag in (
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
-import jax
+import jax  # noqa: E402 (after the flags it reads)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
