@@ -59,7 +59,7 @@ def dot_product_attention(
     T5 does not scale by `1/sqrt(d)`: its query initialisation does.
 
     The gradient is written out because autodiff's costs a CPU twice as much (one layer of T5 1.1
-    small's encoder, batch 8 x 512, both ways: 390 CPU-ms against 200). XLA has no fast product
+    small's encoder, batch 8 x 512, both ways: 390 CPU-ms against 220). XLA has no fast product
     for the forms that autodiff gives key's gradient, sums bias's over the batch in a strided loop
     (125 ms alone), and the weights `[b, h, q, k]` are kept where two numbers a query suffice.
 

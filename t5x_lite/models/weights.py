@@ -50,9 +50,9 @@ def project(x: Array, kernel: Array | StructuredWeight, in_axes: int = 1) -> Arr
     """
     if isinstance(kernel, StructuredWeight):
         return kernel.project(x, in_axes)
-    # Rows in one axis: a step takes 22% less CPU time than with [batch, length], for which XLA:CPU
-    # writes gradients transposed before it multiplies them. The kernel keeps its axes, because
-    # the loop over layers would keep a reshaped copy of it for the backward pass.
+    # Rows in one axis: a step of T5 1.1 tiny takes 22% less CPU time than with [batch, length], for
+    # which XLA:CPU writes gradients transposed before it multiplies them. The kernel keeps its
+    # axes: the loop over layers would keep a reshaped copy of it for the backward pass.
     lead, inputs = x.shape[: x.ndim - in_axes], x.shape[x.ndim - in_axes :]
     dimensions = (tuple(range(1, in_axes + 1)), tuple(range(in_axes))), ((), ())
     product = jax.lax.dot_general(x.reshape(-1, *inputs), kernel.astype(x.dtype), dimensions)
