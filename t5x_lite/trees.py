@@ -91,14 +91,6 @@ def match_first(
     return chosen
 
 
-def select(
-    tree: Params, rules: Rules[T], *, default: T | None = None, what: str = "rule"
-) -> Params:
-    """A tree like `tree` whose leaves are the values that `match_first` gives their paths."""
-    chosen = match_first(rules, flatten(tree), default=default, what=what)
-    return map_with_path(lambda path, _: chosen[path], tree)
-
-
 def partition(tree: Params, take: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits a tree of dicts in two by path: (leaves that `take` accepts, the rest)."""
     flat = flatten(tree)

@@ -37,9 +37,10 @@ class Objective(Protocol):
     fit the model's lengths: longer ones are cut before the call.
     """
 
-    features: tuple[str, ...]
-    makes: tuple[str, ...]
-
+    @property
+    def features(self) -> tuple[str, ...]: ...
+    @property
+    def makes(self) -> tuple[str, ...]: ...
     @property
     def vocabulary(self) -> Vocabulary: ...
     def fit(self, lengths: Mapping[str, int]) -> tuple[int, ...]: ...

@@ -5,6 +5,7 @@ A family is a choice of fields, not a class: an encoder alone, a decoder alone, 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,6 +103,19 @@ class ModelConfig:
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise InputError(f"ModelConfig.{name}='{getattr(self, name)}'; known: {DTYPES}")
+
+    def canonical(self) -> ModelConfig:
+        """This config with `dtype`, `remat` and `unroll` at their defaults.
+
+        Those say how to compute the model, and neither what it is nor what its parameters are.
+        """
+
+        def plain(stack: StackConfig | None) -> StackConfig | None:
+            return None if stack is None else dataclasses.replace(stack, remat="none", unroll=1)
+
+        return dataclasses.replace(
+            self, dtype="float32", encoder=plain(self.encoder), decoder=plain(self.decoder)
+        )
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -31,6 +31,7 @@ class LoRA(Transform):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"LoRA.rank={self.rank}: expected at least 1")
+        object.__setattr__(self, "targets", tuple(self.targets))  # gin's lists compare unequal
         if not self.targets:
             raise InputError("LoRA.targets is empty: name at least one pattern")
 

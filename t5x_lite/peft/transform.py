@@ -70,6 +70,9 @@ class Freeze(Transform):
 
     trainable: Sequence[str]  # regexes on whole paths
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trainable", tuple(self.trainable))
+
     def split(self, base: Params, names: Params, rng: Array) -> tuple[Params, Params]:
         taken = self._taken(trees.flatten(base))
         return trees.partition(base, taken.__contains__)

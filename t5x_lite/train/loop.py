@@ -19,9 +19,9 @@ from t5x_lite.models import flops
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.transform import Full, Transform
 from t5x_lite.sharding import Partitioner
+from t5x_lite.train import checks, writers
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
-from t5x_lite.train import writers
 from t5x_lite.train.checkpoint import Checkpointer, CheckpointPolicy, find_step, versions
 from t5x_lite.train.evaluate import PREDICTIONS, Evaluation, Evaluator, Generate
 from t5x_lite.train.optim import Optimizer
@@ -91,13 +91,14 @@ def train(
         raise InputError(f"train.eval_period={eval_period}: expected at least 1, or None")
     session = Session(model, transform, partitioner, seed)
     vocabulary = batches.task.vocabulary
-    _check_parts(session, batches, microbatches, evaluations)
+    checks.check_parts(session, batches, microbatches, evaluations)
+    checks.check_best(checkpoints, evaluations, eval_period)
     transformation = session.optimizer(optimizer)
     state_shapes = session.state_shapes(transformation)
     run = runs.Run(model, transform, vocabulary, vocabulary.fingerprint, initial, None, seed)
-    resumed = _find_resumed(model_dir, run)
+    resumed = checks.find_resumed(model_dir, run)
     if initial is not None and resumed is None:
-        _check_vocabulary(runs.Run.read(initial.model_dir), vocabulary, initial.model_dir)
+        checks.check_vocabulary(runs.Run.read(initial.model_dir), vocabulary, initial.model_dir)
         initial = dataclasses.replace(
             initial, step=find_step(initial.model_dir, initial.step)
         )  # pinned: the base of adapters must not move when its run goes on
@@ -111,7 +112,7 @@ def train(
             params, opt_state = checkpointer.restore(
                 start, state_shapes.params, state_shapes.opt_state
             )
-            run = resumed
+            run = dataclasses.replace(resumed, model=model)
             say(f"Resuming {model_dir} from its own checkpoint of step {start}")
             if initial is not None:
                 say(f"  (train.initial, {initial.model_dir}, was read when the run began)")
@@ -206,7 +207,9 @@ def train(
                 measured = evaluate(done, state)
             if saves:
                 metadata = {"run": runs.FILE, "versions": versions()}
-                checkpointer.save(done, state.params, state.opt_state, metadata, measured)
+                # Metrics of earlier steps are not this checkpoint's.
+                scores = measured if evaluates else None
+                checkpointer.save(done, state.params, state.opt_state, metadata, scores)
                 timing.restart()
         checkpointer.wait()
     finally:
@@ -215,69 +218,6 @@ def train(
         checkpointer.close()
     say(f"Done: {model_dir} holds the checkpoints, metrics.jsonl and config.gin")
     return measured
-
-
-def _check_parts(
-    session: Session, batches: Batches, microbatches: int, evaluations: Sequence[Evaluation]
-) -> None:
-    """All that can be known to fail before compiling."""
-    partitioner, model = session.partitioner, session.config
-    if microbatches < 1:
-        raise InputError(f"train.microbatches={microbatches}: expected at least 1")
-    partitioner.check_batch_size(batches.batch_size, microbatches)
-    for evaluation in evaluations:
-        try:
-            partitioner.check_batch_size(evaluation.batches.batch_size)
-        except InputError as error:
-            raise InputError(f"evaluation '{evaluation.name}': {error}") from error
-    size = batches.task.vocabulary.size
-    if size > model.vocab_size:
-        raise InputError(
-            f"the vocabulary has {size} tokens, but ModelConfig.vocab_size={model.vocab_size}: "
-            f"set it to {size} or more (a multiple of 128 suits the hardware)"
-        )
-    for evaluation in evaluations:
-        _ = len(evaluation.batches)
-        if evaluation.batches.task.fingerprint != batches.task.fingerprint:
-            raise InputError(
-                f"evaluation '{evaluation.name}' has another vocabulary than the training task"
-            )
-    streams = batches.task.lengths
-    for name in ("encoder", "decoder"):
-        if (getattr(model, name) is None) != (name not in streams):
-            raise InputError(
-                f"the model {'has no' if getattr(model, name) is None else 'has an'} {name}, but "
-                f"task '{batches.task.name}' makes streams for: {', '.join(streams)}"
-            )
-    steps.check_trainable_batch(batches.batch(0, slice(0, 1)))
-    _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
-
-
-def _find_resumed(model_dir: str, run: runs.Run) -> runs.Run | None:
-    """What `run.json` says if `model_dir` has a checkpoint to resume. InputError: another run's."""
-    try:
-        find_step(model_dir)
-    except InputError:
-        return None
-    found = runs.Run.read(model_dir)
-    _check_vocabulary(found, run.vocabulary, model_dir)
-    for name in ("model", "transform", "seed"):
-        if getattr(found, name) != getattr(run, name):
-            raise InputError(
-                f"'{model_dir}' holds checkpoints of another run: its {name} was\n"
-                f"  {getattr(found, name)}\nand is now\n  {getattr(run, name)}\n"
-                "Choose another train.model_dir, or remove that folder"
-            )
-    return found
-
-
-def _check_vocabulary(found: runs.Run, vocabulary: Any, where: str) -> None:
-    if found.vocabulary_fingerprint != vocabulary.fingerprint:
-        raise InputError(
-            f"the vocabulary {vocabulary} (fingerprint {vocabulary.fingerprint[:12]}) is not the "
-            f"one that the checkpoints in '{where}' were trained with "
-            f"({found.vocabulary_fingerprint[:12]}); use '{where}/{runs.VOCABULARY_FILE}'"
-        )
 
 
 def _rows(session: Session, batches: Batches) -> slice:

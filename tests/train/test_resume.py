@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -20,8 +21,10 @@ from t5x_lite.sharding import Partitioner
 from t5x_lite.train import evaluate, loop
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
+from t5x_lite.train.checkpoint import CheckpointPolicy
 from t5x_lite.train.writers import read_jsonl
 from t5x_lite.types import InputError
+from tests import common
 from tests.train import harness
 
 ROOT = Path(__file__).parents[2]
@@ -199,3 +202,27 @@ def test_killed_with_sigkill(data_dir, tmp_path):
     assert all(name.isdigit() for name in os.listdir(killed / "checkpoints"))
     assert_same(killed, whole)
     assert runs.Run.read(str(killed)) == runs.Run.read(str(whole))
+
+
+def test_another_dtype_or_rematerialisation_does_resume(whole, data_dir, tmp_path):
+    """A run moves to other hardware, whose preset sets them; its parameters are the same."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    arguments = harness.tiny_run(tmp_path / "run", data_dir)
+    moved = common.with_stacks(arguments["model"], remat="full", unroll=2)
+    moved = dataclasses.replace(moved, dtype="bfloat16")
+    assert loop.train(**(arguments | {"model": moved})) == {}  # nothing was left to do
+    wider = dataclasses.replace(moved, embed_dim=2 * moved.embed_dim)
+    with pytest.raises(InputError, match="holds checkpoints of another run: its model was"):
+        loop.train(**(arguments | {"model": wider}))
+
+
+@pytest.mark.parametrize(
+    ("metric", "period", "message"),
+    [("other/loss", 4, "of no evaluation"), ("held/loss", 3, "every 3 steps and 'held' every 4")],
+)
+def test_the_best_metric_must_be_measured_at_every_checkpoint(
+    metric, period, message, data_dir, tmp_path
+):
+    policy = CheckpointPolicy(period=period, best_metric=metric)
+    with pytest.raises(InputError, match=message):
+        loop.train(**harness.tiny_run(tmp_path, data_dir, checkpoints=policy))

@@ -1,0 +1,104 @@
+"""What a run can be refused for before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from t5x_lite.data.pipeline import Batches
+from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.train import run as runs
+from t5x_lite.train import step as steps
+from t5x_lite.train.checkpoint import CheckpointPolicy, find_step
+from t5x_lite.train.evaluate import Evaluation
+from t5x_lite.train.session import Session
+from t5x_lite.types import InputError
+
+
+def check_best(
+    policy: CheckpointPolicy, evaluations: Sequence[Evaluation], eval_period: int | None
+) -> None:
+    """Raises InputError unless `best_metric` is measured whenever a checkpoint is written."""
+    if policy.best_metric is None:
+        return
+    name = policy.best_metric.split("/")[0]
+    found = next((one for one in evaluations if one.name == name), None)
+    if found is None:
+        raise InputError(
+            f"CheckpointPolicy.best_metric='{policy.best_metric}' is of no evaluation; there are: "
+            f"{', '.join(one.name for one in evaluations) or 'none'}"
+        )
+    if eval_period is None or policy.period % (eval_period * found.period):
+        raise InputError(
+            f"CheckpointPolicy.best_metric='{policy.best_metric}' must be measured whenever a "
+            f"checkpoint is written, but checkpoints come every {policy.period} steps and "
+            f"'{name}' every {None if eval_period is None else eval_period * found.period}: make "
+            "the first a multiple of the second"
+        )
+
+
+def check_parts(
+    session: Session, batches: Batches, microbatches: int, evaluations: Sequence[Evaluation]
+) -> None:
+    """All that can be known to fail before compiling."""
+    partitioner, model = session.partitioner, session.config
+    if microbatches < 1:
+        raise InputError(f"train.microbatches={microbatches}: expected at least 1")
+    partitioner.check_batch_size(batches.batch_size, microbatches)
+    for evaluation in evaluations:
+        try:
+            partitioner.check_batch_size(evaluation.batches.batch_size)
+        except InputError as error:
+            raise InputError(f"evaluation '{evaluation.name}': {error}") from error
+    size = batches.task.vocabulary.size
+    if size > model.vocab_size:
+        raise InputError(
+            f"the vocabulary has {size} tokens, but ModelConfig.vocab_size={model.vocab_size}: "
+            f"set it to {size} or more (a multiple of 128 suits the hardware)"
+        )
+    for evaluation in evaluations:
+        _ = len(evaluation.batches)
+        if evaluation.batches.task.fingerprint != batches.task.fingerprint:
+            raise InputError(
+                f"evaluation '{evaluation.name}' has another vocabulary than the training task"
+            )
+    streams = batches.task.lengths
+    for name in ("encoder", "decoder"):
+        if (getattr(model, name) is None) != (name not in streams):
+            raise InputError(
+                f"the model {'has no' if getattr(model, name) is None else 'has an'} {name}, but "
+                f"task '{batches.task.name}' makes streams for: {', '.join(streams)}"
+            )
+    steps.check_trainable_batch(batches.batch(0, slice(0, 1)))
+    _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
+
+
+def find_resumed(model_dir: str, run: runs.Run) -> runs.Run | None:
+    """What `run.json` says if `model_dir` has a checkpoint to resume. InputError: another run's."""
+    try:
+        find_step(model_dir)
+    except InputError:
+        return None
+    found = runs.Run.read(model_dir)
+    check_vocabulary(found, run.vocabulary, model_dir)
+    # A run may go on with another compute dtype or rematerialisation: on other hardware, say.
+    for name, before, now in (
+        ("model", found.model.canonical(), run.model.canonical()),
+        ("transform", found.transform, run.transform),
+        ("seed", found.seed, run.seed),
+    ):
+        if before != now:
+            raise InputError(
+                f"'{model_dir}' holds checkpoints of another run: its {name} was\n"
+                f"  {before}\nand is now\n  {now}\n"
+                "Choose another train.model_dir, or remove that folder"
+            )
+    return found
+
+
+def check_vocabulary(found: runs.Run, vocabulary: Vocabulary, where: str) -> None:
+    if found.vocabulary_fingerprint != vocabulary.fingerprint:
+        raise InputError(
+            f"the vocabulary {vocabulary} (fingerprint {vocabulary.fingerprint[:12]}) is not the "
+            f"one that the checkpoints in '{where}' were trained with "
+            f"({found.vocabulary_fingerprint[:12]}); use '{where}/{runs.VOCABULARY_FILE}'"
+        )
