@@ -270,17 +270,15 @@ def train_sentencepiece(
                 yield sentence
 
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
+    chosen = sample(sentences(), max_sentences, seed) if max_sentences else sentences()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(),
+            sentence_iterator=iter(chosen),
             model_writer=model,  # no model_prefix: the path must not get into the bytes
             vocab_size=vocab_size,
             model_type=model_type,
             byte_fallback=byte_fallback,
             character_coverage=character_coverage,
-            input_sentence_size=max_sentences,
-            shuffle_input_sentence=max_sentences > 0,
             max_sentence_length=2 * _MAX_SENTENCE_BYTES,
             num_threads=_TRAINING_THREADS,
             pad_id=0,
@@ -307,6 +305,22 @@ def train_sentencepiece(
         file.write(model.getvalue())
     os.replace(partial, output)
     return SentencePieceVocabulary(output)
+
+
+def sample(items: Iterable[str], size: int, seed: int) -> list[str]:
+    """`size` of the items (all, if there are no more), each set of them as likely as another.
+
+    Reservoir sampling in one pass (Vitter 1985, algorithm R). SentencePiece samples too, but by
+    its own generator: with the same seed it drew other sentences in every process.
+    """
+    rng = np.random.default_rng(seed)
+    kept: list[str] = []
+    for index, item in enumerate(items):
+        if index < size:
+            kept.append(item)
+        elif (place := int(rng.integers(index + 1))) < size:
+            kept[place] = item
+    return kept
 
 
 def _cut(text: str) -> Iterator[str]:

@@ -1,6 +1,9 @@
 """Vocabularies: round trips, T5's id layout, determinism, pickling, and every error."""
 
+import collections
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from t5x_lite.data.vocabularies import (
     SentencePieceVocabulary,
     Vocabulary,
     _cut,
+    sample,
     train_sentencepiece,
 )
 from t5x_lite.types import InputError
@@ -73,6 +77,32 @@ def test_training_is_deterministic_and_the_fingerprint_is_of_the_content(vocabul
     fewer = SentencePieceVocabulary(vocabulary.path, extra_ids=99)
     assert fewer.fingerprint != vocabulary.fingerprint
     assert ByteVocabulary(10).fingerprint != ByteVocabulary(11).fingerprint
+
+
+SAMPLED = """
+import sys
+from t5x_lite.data.vocabularies import train_sentencepiece
+texts = [f"word{i % 7} of line {i} and {'abcdefgh'[i % 8] * 3}" for i in range(400)]
+one = train_sentencepiece(texts, sys.argv[1], vocab_size=300, max_sentences=50, seed=3)
+print(one.fingerprint)
+"""
+
+
+def test_a_sampled_vocabulary_is_the_same_in_every_process(tmp_path):
+    """Else a run could not be repeated from its config: the fingerprint would differ."""
+    command = [sys.executable, "-c", SAMPLED, str(tmp_path / "a.model")]
+    found = {
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in "ab"
+    }
+    assert len(found) == 1
+
+
+def test_samples_are_even_and_keyed_by_the_seed():
+    items = [str(i) for i in range(20)]
+    assert sample(items, 50, 0) == items
+    assert sample(items, 5, 1) == sample(items, 5, 1) != sample(items, 5, 2)
+    counts = collections.Counter(item for seed in range(2000) for item in sample(items, 5, seed))
+    assert all(400 < counts[item] < 600 for item in items)  # 500 expected, deviation 19
 
 
 def test_pickle_carries_the_path_not_the_model(vocabulary):
