@@ -124,6 +124,18 @@ def scans(jaxpr):
                     yield from scans(inner)
 
 
+def stacked_outputs(equation):
+    """What a scan stacks turn by turn: an output with one axis more than the body's."""
+    body = equation.params["jaxpr"]
+    inner = getattr(body, "jaxpr", body).outvars
+    assert len(inner) == len(equation.outvars)
+    return [
+        out.aval
+        for out, part in zip(equation.outvars, inner, strict=True)
+        if out.aval.ndim == part.aval.ndim + 1
+    ]
+
+
 def weight_residuals(config, transform, base):
     """Stacked outputs of the shapes of stacked weights, in the forward and the backward loops."""
     model = transformer.Transformer(config)
@@ -148,10 +160,7 @@ def weight_residuals(config, transform, base):
     found = list(scans(jaxpr))
     assert len(found) >= 4  # two stacks, forward and backward
     return [
-        out.aval
-        for equation in found
-        for out in equation.outvars[equation.params["num_carry"] :]
-        if out.aval.size in stacked
+        aval for equation in found for aval in stacked_outputs(equation) if aval.size in stacked
     ]
 
 
