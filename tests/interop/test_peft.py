@@ -1,0 +1,200 @@
+"""PEFT's LoRA adapters: the same logits in both directions, and nothing lost on the way.
+
+The fixtures are made by tests/fixtures/peft/make.py with PEFT itself; its `export` and `check` let
+PEFT load what we save.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors.flax import save_file
+
+from t5x_lite import trees
+from t5x_lite.interop import load_hf
+from t5x_lite.interop.peft_adapters import load_peft, save_peft
+from t5x_lite.models import transformer
+from t5x_lite.peft.lora import LoRA
+from t5x_lite.peft.transform import Full
+from t5x_lite.sharding import Partitioner
+from t5x_lite.types import InputError
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "peft"
+ADAPTERS = ["t5/adapter", "t5/patterns", "gpt2/adapter"]
+_spec = importlib.util.spec_from_file_location("make_peft_fixtures", FIXTURES / "make.py")
+assert _spec is not None
+assert _spec.loader is not None
+make = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(make)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: load_hf(str(FIXTURES / name / "base")) for name in ("t5", "gpt2")}
+
+
+def logits(models, name, transform, trainable):
+    model, params = models[name]
+    batch = {f"{key}_input_tokens": np.int32(x) for key, x in make.inputs(name).items()}
+    return jax.jit(model.apply)({"params": transform.apply(trainable, params)}, batch)
+
+
+def tensors(folder):
+    found = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    return {key: value for key, value in found.items() if "base_layer" not in key}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_logits_with_an_adapter_are_pefts(models, adapter):
+    name = adapter.split("/")[0]
+    model, params = models[name]
+    transform, trainable = load_peft(str(FIXTURES / adapter), model)
+    expected = np.load(FIXTURES / adapter / "logits.npy")
+    np.testing.assert_allclose(logits(models, name, transform, trainable), expected, 1e-4, 1e-4)
+    # What training makes of the transform has the same leaves.
+    fresh, _ = transform.split(params, transformer.axes(model), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, trainable)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_saving_gives_back_what_peft_wrote(tmp_path, models, adapter):
+    name = adapter.split("/")[0]
+    transform, trainable = load_peft(str(FIXTURES / adapter), models[name][0])
+    save_peft(str(tmp_path / "out"), models[name][0], transform, trainable, base="where")
+    settings = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    theirs = json.loads((FIXTURES / adapter / "adapter_config.json").read_text())
+    for key in ("peft_type", "task_type", "bias", "fan_in_fan_out", "modules_to_save"):
+        assert settings[key] == theirs[key]
+    assert settings["base_model_name_or_path"] == "where"
+    wanted, found = tensors(FIXTURES / adapter), tensors(tmp_path / "out")
+    if adapter == "t5/patterns":  # one rank and one scale for all, filled up with zeros
+        assert wanted.keys() < found.keys()
+    else:
+        assert (settings["r"], settings["lora_alpha"]) == (theirs["r"], theirs["lora_alpha"])
+        assert wanted.keys() == found.keys()
+        for key, value in wanted.items():
+            np.testing.assert_array_equal(found[key], value, key)
+    again, tree = load_peft(str(tmp_path / "out"), models[name][0])
+    np.testing.assert_allclose(
+        logits(models, name, again, tree), logits(models, name, transform, trainable), 1e-5, 1e-5
+    )
+
+
+def ours(models, name, *targets, seed=2):
+    model, params = models[name]
+    transform = LoRA(rank=3, alpha=4.0, targets=targets)
+    trainable, _ = transform.split(params, transformer.axes(model), jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    return transform, jax.tree.map(
+        lambda x: x + rng.normal(0, 0.3, x.shape).astype("f4"), trainable
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("t5", [".*/(query|value|wi_1)/kernel", "lm_head/kernel"]),
+        ("gpt2", [".*/(query|key|value|out|wo)/kernel"]),
+        ("gpt2", [".*/(query|value)/kernel"]),
+    ],
+)
+def test_ours_come_back_computing_the_same(tmp_path, models, name, targets):
+    transform, trainable = ours(models, name, *targets)
+    save_peft(str(tmp_path / "out"), models[name][0], transform, trainable)
+    again, tree = load_peft(str(tmp_path / "out"), models[name][0])
+    np.testing.assert_allclose(
+        logits(models, name, again, tree), logits(models, name, transform, trainable), 1e-4, 1e-4
+    )
+    if name == "gpt2":  # an A for each: blocks in PEFT's one
+        count = 3 if "key" in targets[0] else 2
+        settings = json.loads((tmp_path / "out/adapter_config.json").read_text())
+        fused = "transformer.h.0.attn.c_attn"
+        assert settings["rank_pattern"][fused] == 3 * count
+        assert settings["alpha_pattern"][fused] == 4 * count
+        saved = tensors(tmp_path / "out")
+        assert saved[f"base_model.model.{fused}.lora_A.weight"].shape == (3 * count, 16)
+        b = saved[f"base_model.model.{fused}.lora_B.weight"]
+        assert b.shape == (48, 3 * count)
+        assert not b[:16, 3:].any()  # the query's rows see its own block alone
+        assert b[:16, :3].all()
+
+
+def test_bfloat16_and_placement(tmp_path, models):
+    folder = tmp_path / "low"
+    shutil.copytree(FIXTURES / "t5/adapter", folder)
+    low = {key: jnp.asarray(x, "bfloat16") for key, x in tensors(folder).items()}
+    save_file(low, folder / "adapter_model.safetensors", {"format": "pt"})
+    partitioner = Partitioner(data=-1, fsdp=2, model=2)
+    _, trainable = load_peft(str(folder), models["t5"][0], partitioner=partitioner)
+    _, wanted = load_peft(str(FIXTURES / "t5/adapter"), models["t5"][0])
+    flat = trees.flatten(trainable)
+    for path, leaf in trees.flatten(wanted).items():
+        np.testing.assert_allclose(flat[path], leaf, 1e-2, err_msg=path)
+    a = flat["encoder/layers/self_attention/query/kernel/a"]
+    assert a.sharding.spec == partitioner.spec(("layers", "embed", "rank"))
+
+
+def changed(folder, drop=(), add=None, **settings):
+    shutil.copytree(FIXTURES / "t5/adapter", folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    kept = {key: value for key, value in tensors(folder).items() if key not in drop}
+    safetensors.numpy.save_file(kept | (add or {}), folder / "adapter_model.safetensors")
+    return str(folder)
+
+
+KEY = "base_model.model.encoder.block.1.layer.0.SelfAttention.q.lora_{}.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"modules_to_save": ["classifier"]}, "modules_to_save=['classifier']"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"drop": [KEY.format("B")]}, "SelfAttention.q' lacks its lora_B"),
+        ({"add": {KEY.format("A"): np.ones((3, 5), "f4")}}, "shape (3, 5), expected (3, 16)"),
+        (
+            {"add": {"base_model.model.decoder.block.7.q.lora_A.weight": np.ones((3, 5), "f4")}},
+            "no module 'decoder.block.7.q'",
+        ),
+        ({"add": {"base_model.model.shared.weight": np.ones((3, 5), "f4")}}, "shared.weight' (3, "),
+    ],
+)
+def test_what_is_not_lora_or_does_not_fit_is_named(tmp_path, models, changes, expected):
+    with pytest.raises(InputError) as caught:
+        load_peft(changed(tmp_path / "x", **changes), models["t5"][0])
+    assert expected in str(caught.value)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path, models):
+    model = models["t5"][0]
+    with pytest.raises(InputError, match="no PEFT adapter"):
+        load_peft(str(tmp_path), model)
+    folder = Path(changed(tmp_path / "x"))
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"adapter_model.safetensors' is damaged or cut short"):
+        load_peft(str(folder), model)
+    file.unlink()
+    with pytest.raises(InputError, match="pickles"):
+        load_peft(str(folder), model)
+
+
+def test_what_peft_has_no_place_for_is_refused(tmp_path, models):
+    model = models["gpt2"][0]
+    with pytest.raises(InputError, match="no Full of ours"):
+        save_peft(str(tmp_path / "out"), model, Full(), {})
+    transform, trainable = ours(models, "gpt2", "token_embedding/embedding")
+    with pytest.raises(InputError, match="no linear module for the adapted token_embedding"):
+        save_peft(str(tmp_path / "out"), model, transform, trainable)
+    assert not (tmp_path / "out").exists()
