@@ -123,7 +123,7 @@ def as_prefix_lm(example: Example, lengths: Mapping[str, int]) -> dict[str, np.n
     assert inputs is not None, "a Task checks that the objective makes inputs"
     assert targets is not None, "a Task checks that the objective makes targets"
     row = _row(inputs, targets, example.start_id, lengths)
-    prefix = np.zeros(len(row[types.DECODER_INPUT_TOKENS]), dtype=np.int32)
+    prefix: np.ndarray = np.zeros(len(row[types.DECODER_INPUT_TOKENS]), dtype=np.int32)
     # The start, and the inputs one place to the right: the last of them predicts the first target.
     prefix[: len(prefix) - len(targets) + 1] = 1
     return {**row, types.DECODER_PREFIX: prefix}
@@ -139,7 +139,7 @@ def _row(
         inputs = inputs[1:]  # the row starts with it anyway
     row = np.concatenate([inputs, targets])
     _check_length("decoder", row, lengths)
-    weights = np.zeros(len(row), dtype=np.float32)
+    weights: np.ndarray = np.zeros(len(row), dtype=np.float32)
     weights[len(inputs) :] = 1.0
     return {
         types.DECODER_INPUT_TOKENS: shift_right(row, start_id),

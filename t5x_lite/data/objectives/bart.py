@@ -59,7 +59,7 @@ class TokenMasking(_TokenNoise):
     """Random tokens become the mask: `5 6 7 8` -> `5 M 7 8`. As in BERT, without its other 20%."""
 
     def __call__(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        noised = tokens.astype(np.int32)
+        noised: np.ndarray = tokens.astype(np.int32)
         noised[self._draw(tokens, rng)] = mask_token(self.vocabulary, "token masking")
         return noised
 
@@ -107,10 +107,10 @@ class TextInfilling(_TokenNoise):
         kept_before = np.sort(order[:spans]) - np.arange(spans)
         hidden = np.repeat(kept_before, lengths) + np.arange(count)
         starts = np.append(places, len(tokens))[kept_before + np.cumsum(lengths) - lengths]
-        kept = np.ones(len(tokens), dtype=bool)
+        kept: np.ndarray = np.ones(len(tokens), dtype=bool)
         kept[places[hidden]] = False
         if specials:
-            after = 1 + np.flatnonzero(~ordinary[:-1] & ~kept[1:])
+            after: np.ndarray = 1 + np.flatnonzero(~ordinary[:-1] & ~kept[1:])
             starts = np.sort(np.append(starts, np.setdiff1d(after, starts[lengths > 0])))
         return insert(tokens[kept], np.append(0, np.cumsum(kept))[starts], mask)
 
@@ -120,7 +120,7 @@ def span_lengths(total: int, mean: float, rng: np.random.Generator, at_most: int
 
     If there are more than `at_most`, empty ones are left out: `3 0 1 0` -> `3 1 0` at most 3.
     """
-    lengths = np.zeros(0, dtype=np.int64)
+    lengths: np.ndarray = np.zeros(0, dtype=np.int64)
     while lengths.sum() < total:
         lengths = np.append(lengths, rng.poisson(mean, 8 + round(total / mean)))
     sums = np.cumsum(lengths)
@@ -149,12 +149,12 @@ class SentencePermutation:
         if not len(tokens):
             return tokens.astype(np.int32)
         special = ~self._ordinary[tokens]
-        first = np.ones(len(tokens), dtype=bool)  # of a sentence, or a special token
+        first: np.ndarray = np.ones(len(tokens), dtype=bool)  # of a sentence, or a special token
         first[1:] = self.vocabulary.ends_sentence(tokens)[:-1] | special[1:] | special[:-1]
         starts = np.flatnonzero(first)
         keys = rng.random(len(starts))
         keys[special[starts]] = -1.0  # before the document that follows it
-        rank = np.empty(len(starts), dtype=np.int64)
+        rank: np.ndarray = np.empty(len(starts), dtype=np.int64)
         rank[np.lexsort((keys, np.cumsum(special)[starts]))] = np.arange(len(starts))
         order = np.argsort(rank[np.cumsum(first) - 1], kind="stable")
         return tokens[order].astype(np.int32)

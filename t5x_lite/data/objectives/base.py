@@ -117,7 +117,7 @@ def fits(lengths: Mapping[str, int], inputs: int, targets: int) -> bool:
 
 def ordinary_tokens(vocabulary: Vocabulary) -> np.ndarray:
     """Which ids are text: bool `[vocabulary.size]`, False for specials and sentinels."""
-    ordinary = np.ones(vocabulary.size, dtype=bool)
+    ordinary: np.ndarray = np.ones(vocabulary.size, dtype=bool)
     ordinary[sorted(vocabulary.special_ids)] = False
     ordinary[[vocabulary.sentinel_id(k) for k in range(vocabulary.num_sentinels)]] = False
     return ordinary

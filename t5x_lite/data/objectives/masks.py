@@ -83,14 +83,14 @@ def iid_noise_mask(
 
     The published mask draws each token by itself; a given number gives the lengths a bound.
     """
-    mask = np.zeros(length, dtype=bool)
+    mask: np.ndarray = np.zeros(length, dtype=bool)
     mask[rng.permutation(length)[: noise_count(length, noise_density)]] = True
     return mask
 
 
 def suffix_noise_mask(length: int, *, noise_density: float = 0.25) -> np.ndarray:
     """The last `noise_count` tokens: `length` 8 at 0.25 gives 0 0 0 0 0 0 1 1."""
-    mask = np.zeros(length, dtype=bool)
+    mask: np.ndarray = np.zeros(length, dtype=bool)
     mask[length - noise_count(length, noise_density) :] = True
     return mask
 

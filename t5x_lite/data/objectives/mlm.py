@@ -85,14 +85,15 @@ class MaskWholeWords:
         starts = np.flatnonzero(begins_word)
         sizes = np.diff(starts, append=len(places))
         order = rng.permutation(len(starts))
-        chosen, left = np.zeros(len(starts), dtype=bool), count
+        chosen: np.ndarray = np.zeros(len(starts), dtype=bool)
+        left = count
         for word, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
             if size <= left:
                 chosen[word] = True
                 left -= size
                 if not left:
                     break
-        mask = np.repeat(chosen, sizes)
+        mask: np.ndarray = np.repeat(chosen, sizes)
         drawn = np.full(len(places), -1)
         drawn[mask] = np.arange(count - left)
         return drawn
@@ -136,7 +137,8 @@ class MaskSpans:
         ends = [*starts[1:].tolist(), len(places)]
         word_of = (np.cumsum(begins_word) - 1).tolist()
         joined = [False, *(np.diff(places) == 1).tolist()]  # to the place before
-        lengths = (1 + np.searchsorted(self._bounds, rng.random(len(places)), "right")).tolist()
+        draws: np.ndarray = rng.random(len(places))
+        lengths = [1 + n for n in np.searchsorted(self._bounds, draws, side="right").tolist()]
         drawn = [-1] * len(places)
         left, number = count, 0
         for anchor in rng.permutation(len(places)).tolist():
@@ -231,7 +233,7 @@ class MaskedLM:
         """(places drawn, ascending; the tokens with those places replaced)."""
         maskable = self._ordinary[tokens]
         places = np.flatnonzero(maskable)
-        begins = np.ones(0, dtype=bool)
+        begins: np.ndarray = np.ones(0, dtype=bool)
         if not isinstance(self.selection, MaskTokens):  # which asks for no words
             # A word that a special token interrupts begins anew after it.
             begins = (self.vocabulary.starts_word(tokens) | run_starts(maskable))[places]
@@ -239,7 +241,7 @@ class MaskedLM:
         which = drawn >= 0
         places, drawn = places[which], drawn[which]
         draws = rng.random(drawn.max(initial=-1) + 1)[drawn]
-        hidden = tokens.astype(np.int32)
+        hidden: np.ndarray = tokens.astype(np.int32)
         hidden[places[draws < self.mask_rate]] = self.vocabulary.mask_id
         anything = places[(draws >= self.mask_rate) & (draws < self.mask_rate + self.random_rate)]
         hidden[anything] = self._text_ids[rng.integers(0, len(self._text_ids), len(anything))]

@@ -72,7 +72,7 @@ class NextSentencePairs:
         between = np.array([self.vocabulary.eos_id], np.int32)
         joined = np.concatenate([text[:cut], between, rest])
         places, hidden = masked.mask(joined, rng)
-        types = np.zeros(len(joined) + 2, np.int32)
+        types: np.ndarray = np.zeros(len(joined) + 2, np.int32)
         types[cut + 2 :] = 1
         return Example(
             inputs=wrap(hidden, self.vocabulary),
@@ -85,14 +85,16 @@ class NextSentencePairs:
         """How many tokens A has: at least one, and one is left for B, if there are two."""
         if len(text) < 2:
             return len(text)
-        ends = 1 + np.flatnonzero(self.vocabulary.ends_sentence(text)[:-1])
+        ends: np.ndarray = 1 + np.flatnonzero(self.vocabulary.ends_sentence(text)[:-1])
         if len(ends):
             return int(ends[rng.integers(0, len(ends))])
         return int(rng.integers(1, len(text)))
 
     def _window(self, other: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
         """`length` tokens of the other text, from its beginning or that of a later sentence."""
-        starts = np.append(0, 1 + np.flatnonzero(self.vocabulary.ends_sentence(other)[:-1]))
+        starts: np.ndarray = np.append(
+            0, 1 + np.flatnonzero(self.vocabulary.ends_sentence(other)[:-1])
+        )
         starts = starts[starts + length <= len(other)]
         start = int(starts[rng.integers(0, len(starts))]) if len(starts) else 0
         return other[start : start + length]

@@ -52,7 +52,7 @@ def insert(tokens: np.ndarray, places: np.ndarray, values: np.ndarray | int) -> 
     np.insert does the same in three times the time.
     """
     result: np.ndarray = np.empty(len(tokens) + len(places), dtype=np.int32)
-    kept = np.ones(len(result), dtype=bool)
+    kept: np.ndarray = np.ones(len(result), dtype=bool)
     new = places + np.arange(len(places))
     kept[new] = False
     result[new] = values
