@@ -137,8 +137,8 @@ class MaskSpans:
         ends = [*starts[1:].tolist(), len(places)]
         word_of = (np.cumsum(begins_word) - 1).tolist()
         joined = [False, *(np.diff(places) == 1).tolist()]  # to the place before
-        draws: np.ndarray = rng.random(len(places))
-        lengths = [1 + n for n in np.searchsorted(self._bounds, draws, side="right").tolist()]
+        draws = rng.random(len(places))
+        lengths: list[int] = (1 + np.digitize(draws, self._bounds)).tolist()
         drawn = [-1] * len(places)
         left, number = count, 0
         for anchor in rng.permutation(len(places)).tolist():
