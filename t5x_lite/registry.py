@@ -25,6 +25,7 @@ from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import demo
 from t5x_lite.train import (
     checkpoint,
+    convert,
     evaluate,
     infer,
     inspect,
@@ -116,6 +117,9 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     infer.infer,
     inspect.inspect_data,
     inspect.inspect_params,
+    convert.convert,
+    convert.run_model,
+    convert.run_vocabulary,
     vocabulary_training.train_vocabulary,
     bible.prepare,
     demo.report,

@@ -1,9 +1,9 @@
 """LoRA adapters of Hugging Face PEFT in and out: a JSON config beside a safetensors file.
 
-    model, base = load_hf("t5-small")
-    transform, trainable = load_peft("adapter", model)
-    model.apply({"params": transform.apply(trainable, base)}, batch)
-    save_peft("out", model, transform, trainable, base="t5-small")
+model, base = load_hf("t5-small")
+transform, trainable = load_peft("adapter", model)
+model.apply({"params": transform.apply(trainable, base)}, batch)
+save_peft("out", model, transform, trainable, base="t5-small")
 """
 
 from __future__ import annotations
@@ -208,7 +208,8 @@ def _joined(
     shared = all(np.array_equal(own(slot, "a"), first) for slot in parts[1:])
     count = 1 if shared else len(parts)
     a_shape, b_shape = parts[0].their_shapes(rank * count)
-    their_a, their_b = np.zeros(a_shape, np.float32), np.zeros(b_shape, np.float32)
+    their_a: np.ndarray = np.zeros(a_shape, np.float32)
+    their_b: np.ndarray = np.zeros(b_shape, np.float32)
     for number, slot in enumerate(parts):
         block = slice(None) if shared else slice(number * rank, (number + 1) * rank)
         slot.a(their_a)[..., block] = own(slot, "a")

@@ -78,7 +78,11 @@ class Checkpointer:
         metadata: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts writing; returns once the arrays are copied, so that they may be donated."""
+        """Starts writing; returns once the arrays are copied, so that they may be donated.
+
+        Without optimizer state (`{}`: weights from elsewhere) a run can start from the checkpoint,
+        and not resume it.
+        """
         best = self.policy.best_metric
         if best is not None and best not in (metrics or {}):
             raise InputError(
@@ -86,13 +90,14 @@ class Checkpointer:
                 f"{', '.join(sorted(metrics or {})) or 'nothing'}. Evaluate whenever a checkpoint "
                 "is written: make CheckpointPolicy.period a multiple of train.eval_period"
             )
+        optimizer = _by_path(opt_state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(_by_path(opt_state)),
                 data=ocp.args.JsonSave({"step": step}),
                 metadata=ocp.args.JsonSave(dict(metadata)),
+                **({"optimizer": ocp.args.StandardSave(optimizer)} if optimizer else {}),
             ),
             metrics=None if best is None else dict(metrics or {}),
         )
@@ -100,6 +105,11 @@ class Checkpointer:
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
         """Arrays of the given shapes, dtypes and shardings (trees of `jax.ShapeDtypeStruct`)."""
         self._check(step, params)
+        if self._manager.item_metadata(step).get("optimizer") is None:
+            raise InputError(
+                f"checkpoint {self.directory}/{step} holds weights without an optimizer's state: "
+                "start from it (train.initial) in another train.model_dir"
+            )
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(

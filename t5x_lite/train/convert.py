@@ -1,0 +1,229 @@
+"""Weights from one format to another: runs' folders, Hugging Face's, PEFT's, T5X's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any, Final
+
+import jax
+
+from t5x_lite import trees
+from t5x_lite.data.vocabularies import SentencePieceVocabulary, Vocabulary
+from t5x_lite.interop import load_hf, load_peft, load_t5x, save_hf, save_peft
+from t5x_lite.interop.hf_tokenizers import find_vocabulary
+from t5x_lite.interop.t5x import load_t5x_adafactor
+from t5x_lite.interop.t5x_files import find as find_t5x
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.transformer import Transformer
+from t5x_lite.peft.lora import LoRA
+from t5x_lite.sharding import Partitioner
+from t5x_lite.train import run as runs
+from t5x_lite.train.checkpoint import Checkpointer, find_step, versions
+from t5x_lite.train.imported import adafactor_state
+from t5x_lite.train.optim import Optimizer
+from t5x_lite.train.session import Session
+from t5x_lite.types import InputError, Params
+
+# The file that tells a folder's format.
+_MARKS: Final = {runs.FILE: "run", "adapter_config.json": "peft", "config.json": "hf"}
+_TARGETS: Final = {
+    "run": ("hf", "peft"),
+    "hf": ("run",),
+    "t5x": ("run", "hf"),
+    "peft": ("run", "hf"),
+}
+
+
+def convert(
+    *,
+    source: str,
+    output: str,
+    to: str,
+    base: str | None = None,
+    vocabulary: Vocabulary | None = None,
+    tokenizer: str | None = None,
+    model: ModelConfig | None = None,
+    optimizer: Optimizer | None = None,
+    step: int | None = None,
+    partitioner: Partitioner = Partitioner(),
+) -> None:
+    """Writes `output` in the format `to`, from whatever `source` is.
+
+    Args:
+      source: a folder: of a run, of Hugging Face's (config.json and safetensors), of a PEFT
+        adapter, or a T5X checkpoint.
+      output: a folder that is not there yet, or empty.
+      to: "run": what train (as train.initial), infer and eval start from. "hf": for transformers,
+        adapters merged. "peft": a run's LoRA alone.
+      base: the model that an adapter belongs to: a run's folder, or for to="hf" any model's. For
+        to="peft": what PEFT shall take for the base model.
+      vocabulary: of the new run; None: that of the tokenizer's file in `source`.
+      tokenizer: a folder whose tokenizer files go into to="hf"; None: the run's vocabulary does.
+      model: what a T5X checkpoint holds; None: told from it.
+      optimizer: an Adafactor: T5X's state of it goes into the new run, so that train resumes there.
+      step: which of a run's checkpoints; None: the latest.
+      partitioner: the mesh that holds the model on its way.
+
+    Raises InputError, before anything is written, for what does not fit or can't be done.
+    """
+    kind = format_of(source)
+    if to not in _TARGETS[kind]:
+        can = "' or '".join(_TARGETS[kind])
+        raise InputError(f"'{source}' is in the format '{kind}': convert.to='{to}' can be '{can}'")
+    if kind == "peft" and base is None:
+        raise InputError(f"'{source}' is an adapter: name the model that it belongs to with --base")
+    if os.path.exists(output) and os.listdir(output):
+        raise InputError(f"convert.output='{output}' is not empty: name a new folder")
+    if to == "peft":
+        _run_to_peft(source, output, base, step, partitioner)
+    elif kind == "peft" and to == "run":
+        assert base is not None
+        _peft_to_run(source, output, base, step, partitioner)
+    else:
+        network, params = _load(source, base, model, step, partitioner)
+        if to == "hf":
+            origin = base if kind == "peft" else source
+            assert origin is not None
+            _save_hf(output, network, params, tokenizer, origin)
+        else:
+            vocabulary = find_vocabulary(source) if vocabulary is None else vocabulary
+            session = Session(network.config, partitioner=partitioner)
+            at, state = (0, {}) if optimizer is None else _resumed(source, session, optimizer)
+            run = runs.Run(network.config, session.transform, vocabulary, vocabulary.fingerprint)
+            _save_run(output, run, params, state, at)
+    if jax.process_index() == 0:
+        print(f"'{output}' holds '{source}' in the format '{to}'")
+
+
+def format_of(directory: str) -> str:
+    """ "run", "peft", "hf" or "t5x". Raises InputError for a folder of no known format."""
+    if not os.path.isdir(directory):
+        raise InputError(f"'{directory}' is not a folder: expected one with weights")
+    for name, kind in _MARKS.items():
+        if os.path.exists(os.path.join(directory, name)):
+            return kind
+    try:
+        find_t5x(directory)
+    except InputError as error:
+        raise InputError(
+            f"'{directory}' is of no known format: expected one of {', '.join(_MARKS)} in it, or a "
+            "T5X checkpoint"
+        ) from error
+    return "t5x"
+
+
+def run_model(*, model_dir: str) -> ModelConfig:
+    """The model of a run's folder: `train.model = @run_model()` tunes what was converted."""
+    return runs.Run.read(model_dir).model
+
+
+def run_vocabulary(*, model_dir: str) -> Vocabulary:
+    """The vocabulary of a run's folder: `Task.vocabulary = @run_vocabulary()`."""
+    return runs.Run.read(model_dir).vocabulary
+
+
+def _load(
+    source: str,
+    base: str | None,
+    config: ModelConfig | None,
+    step: int | None,
+    partitioner: Partitioner,
+) -> tuple[Transformer, Params]:
+    """A model and its parameters, adapters merged."""
+    kind = format_of(source)
+    if kind == "run":
+        network = Transformer(runs.Run.read(source).model)
+        checkpoint = runs.RunCheckpoint(source, step)
+        return network, runs.load_params(checkpoint, network.config, partitioner)
+    if kind == "hf":
+        return load_hf(source, partitioner=partitioner)
+    if kind == "t5x":
+        return load_t5x(source, config=config, partitioner=partitioner)
+    if base is None:
+        raise InputError(f"'{source}' is an adapter: expected a whole model")
+    network, params = _load(base, None, config, step, partitioner)
+    transform, trainable = load_peft(source, network, partitioner=partitioner)
+    with partitioner.activate():
+        return network, jax.jit(transform.merge)(trainable, params)
+
+
+def _resumed(source: str, session: Session, optimizer: Optimizer) -> tuple[int, Any]:
+    """Step and optimizer state of a T5X checkpoint."""
+    if format_of(source) != "t5x":
+        raise InputError("convert.optimizer is for a T5X checkpoint: no other source has its state")
+    moments = load_t5x_adafactor(source, config=session.config)
+    if moments is None:
+        raise InputError(f"'{source}' has no optimizer's state: leave convert.optimizer out")
+    shapes = session.state_shapes(session.optimizer(optimizer))
+    return moments.step, adafactor_state(shapes.opt_state, shapes.params, moments)
+
+
+def _save_run(output: str, run: runs.Run, trainable: Params, state: Any, step: int) -> None:
+    """A run's folder with one checkpoint."""
+    size = run.vocabulary.size
+    if size > run.model.vocab_size:
+        raise InputError(
+            f"the vocabulary {run.vocabulary} has {size} tokens, and the model "
+            f"{run.model.vocab_size}: it is not the model's"
+        )
+    checkpointer = Checkpointer(output)
+    try:
+        checkpointer.save(step, trainable, state, {"run": runs.FILE, "versions": versions()})
+        checkpointer.wait()
+    finally:
+        checkpointer.close()
+    if jax.process_index() == 0:
+        run.write(output)  # last: what makes the folder a run's
+
+
+def _save_hf(
+    output: str, network: Transformer, params: Params, tokenizer: str | None, origin: str
+) -> None:
+    """The model, and the tokenizer that is named or comes with `origin`."""
+    kind = format_of(origin)
+    if tokenizer is None and kind == "hf":
+        tokenizer = origin
+    save_hf(output, network, params, tokenizer=tokenizer)
+    if tokenizer is None and kind == "run" and jax.process_index() == 0:
+        vocabulary = runs.Run.read(origin).vocabulary
+        path = getattr(vocabulary, "path", None)
+        if path is not None:
+            name = "tokenizer.json"
+            if isinstance(vocabulary, SentencePieceVocabulary):  # as T5 and Llama have it
+                name = "tokenizer.model" if network.config.encoder is None else "spiece.model"
+            shutil.copyfile(path, os.path.join(output, name))
+
+
+def _run_to_peft(
+    source: str, output: str, base: str | None, step: int | None, partitioner: Partitioner
+) -> None:
+    run = runs.Run.read(source)
+    if not isinstance(run.transform, LoRA):
+        raise InputError(
+            f"'{source}' was trained with {type(run.transform).__name__}, not LoRA: convert it "
+            "with --to=hf"
+        )
+    session = Session(run.model, run.transform, partitioner, run.seed)
+    trainable = runs.load_trainable(runs.RunCheckpoint(source, step), session)
+    save_peft(output, session.model, run.transform, trainable, base=base)
+
+
+def _peft_to_run(
+    source: str, output: str, base: str, step: int | None, partitioner: Partitioner
+) -> None:
+    under = runs.Run.read(base)
+    checkpoint = runs.RunCheckpoint(base, find_step(base, step))
+    params = runs.load_params(checkpoint, under.model, partitioner)
+    transform, trainable = load_peft(source, Transformer(under.model), partitioner=partitioner)
+    frozen = Session(under.model, transform, partitioner, under.seed).split(params)[1]
+    run = runs.Run(
+        under.model,
+        transform,
+        under.vocabulary,
+        under.vocabulary_fingerprint,
+        checkpoint,
+        trees.fingerprint(frozen),
+        under.seed,
+    )
+    _save_run(output, run, trainable, {}, 0)

@@ -1,0 +1,177 @@
+"""Weights keep what they compute through every format, and what can't be done is said at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from t5x_lite import trees
+from t5x_lite.data.vocabularies import ByteVocabulary, train_sentencepiece
+from t5x_lite.interop import load_hf
+from t5x_lite.sharding import Partitioner
+from t5x_lite.train import run as runs
+from t5x_lite.train.checkpoint import Checkpointer, find_step
+from t5x_lite.train.convert import convert, run_model, run_vocabulary
+from t5x_lite.train.optim import Adafactor, AdamW
+from t5x_lite.train.session import Session
+from t5x_lite.types import InputError
+from tests.common import T5, build
+from tests.interop.t5x_writer import adafactor_tree, t5x_tree, write_native
+
+PEFT = Path(__file__).resolve().parents[1] / "fixtures" / "peft"
+CONFIG = dataclasses.replace(T5, vocab_size=416)
+
+
+def parameters(folder):
+    run = runs.Run.read(str(folder))
+    return run, runs.load_params(runs.RunCheckpoint(str(folder)), run.model, Partitioner())
+
+
+def same(found, wanted, tolerance=0.0):
+    found = trees.flatten(found)
+    for path, leaf in trees.flatten(wanted).items():
+        np.testing.assert_allclose(found[path], leaf, tolerance, tolerance, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def t5x(tmp_path_factory):
+    """`(folder, params)` of a T5X checkpoint with Adafactor's state of step 7."""
+    _, params = build(CONFIG)
+    moments = jax.tree.map(lambda x: np.abs(np.asarray(x)) + 0.1, params)
+    tree = adafactor_tree(t5x_tree(moments), 7)
+    folder = tmp_path_factory.mktemp("t5x") / "checkpoint_7"
+    return str(write_native(folder, t5x_tree(params), tree)), params
+
+
+def test_t5x_to_a_run_to_transformers_and_back(tmp_path, t5x):
+    source, params = t5x
+    run, hf, again = (str(tmp_path / name) for name in ("run", "hf", "again"))
+    convert(source=source, output=run, to="run", vocabulary=ByteVocabulary())
+    found, loaded = parameters(run)
+    assert found.model == CONFIG
+    assert found.vocabulary_fingerprint == ByteVocabulary().fingerprint
+    same(loaded, params)
+    assert run_model(model_dir=run) == CONFIG
+    assert run_vocabulary(model_dir=run) == ByteVocabulary()
+    convert(source=run, output=hf, to="hf")
+    same(load_hf(hf)[1], params)
+    convert(source=hf, output=again, to="run", vocabulary=ByteVocabulary())
+    same(parameters(again)[1], params)
+    convert(source=source, output=str(tmp_path / "direct"), to="hf")
+    same(load_hf(str(tmp_path / "direct"))[1], params)
+
+
+def test_a_sentencepiece_file_goes_along(tmp_path, t5x):
+    texts = [f"the river {i} and the bread of day {i * 7}" for i in range(300)]
+    spiece = tmp_path / "trained.model"
+    vocabulary = train_sentencepiece(texts, spiece, vocab_size=298)
+    convert(source=t5x[0], output=str(tmp_path / "run"), to="run", vocabulary=vocabulary)
+    convert(source=str(tmp_path / "run"), output=str(tmp_path / "hf"), to="hf")
+    assert (tmp_path / "hf/spiece.model").read_bytes() == spiece.read_bytes()
+    convert(source=str(tmp_path / "hf"), output=str(tmp_path / "again"), to="run")
+    found = runs.Run.read(str(tmp_path / "again"))
+    assert found.vocabulary_fingerprint == vocabulary.fingerprint
+
+
+def test_adafactors_state_goes_along_and_a_run_resumes_from_it(tmp_path, t5x):
+    source, params = t5x
+    run, plain = str(tmp_path / "run"), str(tmp_path / "plain")
+    optimizer = Adafactor(learning_rate=1e-3)
+    convert(source=source, output=run, to="run", vocabulary=ByteVocabulary(), optimizer=optimizer)
+    assert find_step(run) == 7
+    session = Session(CONFIG)
+    shapes = session.state_shapes(session.optimizer(optimizer))
+    checkpointer = Checkpointer(run)
+    _, state = checkpointer.restore(7, shapes.params, shapes.opt_state)
+    checkpointer.close()
+    assert int(state.count) == 7
+    norm = params["encoder"]["final_norm"]["scale"]
+    found = state.v_row["encoder"]["final_norm"]["scale"]
+    np.testing.assert_allclose(found, np.abs(norm) + 0.1, 1e-6)
+    with pytest.raises(InputError, match="train with an Adafactor"):
+        convert(
+            source=source,
+            output=plain,
+            to="run",
+            vocabulary=ByteVocabulary(),
+            optimizer=AdamW(learning_rate=1.0),
+        )
+    convert(source=source, output=plain, to="run", vocabulary=ByteVocabulary())
+    checkpointer = Checkpointer(plain)
+    with pytest.raises(InputError, match=r"without an optimizer's state: start from it"):
+        checkpointer.restore(0, shapes.params, shapes.opt_state)
+    checkpointer.close()
+
+
+def test_adapters_go_in_and_out_beside_their_base(tmp_path):
+    # A base that bytes fit in: the fixture's is too small for any vocabulary here.
+    wide = dataclasses.replace(load_hf(str(PEFT / "t5/base"))[0].config, vocab_size=384)
+    params = build(wide)[1]
+    write_native(tmp_path / "t5x", t5x_tree(params))
+    base, tuned = str(tmp_path / "base"), str(tmp_path / "tuned")
+    convert(
+        source=str(tmp_path / "t5x"),
+        output=base,
+        to="run",
+        vocabulary=ByteVocabulary(),
+        model=wide,
+    )
+    adapter = str(PEFT / "t5/adapter")
+    convert(source=adapter, output=tuned, to="run", base=base)
+    run, merged = parameters(tuned)
+    assert run.base == runs.RunCheckpoint(base, 0)
+    assert run.transform.rank == 3
+    before = params["encoder"]["layers"]["self_attention"]["query"]["kernel"]
+    after = merged["encoder"]["layers"]["self_attention"]["query"]["kernel"]
+    assert np.abs(np.asarray(after) - np.asarray(before)).max() > 0.01
+    # Out again: tensor by tensor what PEFT wrote.
+    convert(source=tuned, output=str(tmp_path / "peft"), to="peft", base="t5-small")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "peft" / name).stat().st_size > 0
+    wanted = safetensors.numpy.load_file(PEFT / "t5/adapter" / name)
+    found = safetensors.numpy.load_file(tmp_path / "peft" / name)
+    assert wanted.keys() == found.keys()
+    for key, value in wanted.items():
+        np.testing.assert_array_equal(found[key], value, key)
+    settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "t5-small"
+    convert(source=adapter, output=str(tmp_path / "merged"), to="hf", base=base)
+    same(load_hf(str(tmp_path / "merged"))[1], merged, 1e-6)
+    shutil.rmtree(base)
+    with pytest.raises(InputError, match="not a run's folder"):
+        parameters(tuned)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"source": "nowhere"}, "'nowhere' is not a folder"),
+        ({"source": "empty"}, "of no known format: expected one of run.json"),
+        ({"to": "gguf"}, r"format 't5x': convert.to='gguf' can be 'run' or 'hf'"),
+        ({"to": "peft"}, "can be 'run' or 'hf'"),
+        ({"output": "full"}, "'full' is not empty"),
+        ({}, "holds no tokenizer's file"),
+        ({"vocabulary": ByteVocabulary(extra_ids=400)}, "it is not the model's"),
+        ({"source": "adapter"}, "name the model that it belongs to with --base"),
+        ({"source": "adapter", "to": "hf", "base": "adapter"}, "expected a whole model"),
+        ({"source": "hf", "optimizer": AdamW(learning_rate=1.0)}, "is for a T5X checkpoint"),
+    ],
+)
+def test_what_cannot_be_done_is_said_at_once(tmp_path, monkeypatch, t5x, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "full/x"):
+        Path(name).mkdir(parents=True)
+    Path("adapter").symlink_to(PEFT / "t5/adapter")
+    if arguments.get("source") == "hf":
+        shutil.copytree(PEFT / "t5/base", "hf")
+        arguments = {**arguments, "vocabulary": ByteVocabulary()}
+    with pytest.raises(InputError, match=expected):
+        convert(**{"source": t5x[0], "output": "out", "to": "run", **arguments})
+    assert not Path("out/run.json").exists()
