@@ -233,10 +233,8 @@ class MaskedLM:
         """(places drawn, ascending; the tokens with those places replaced)."""
         maskable = self._ordinary[tokens]
         places = np.flatnonzero(maskable)
-        begins: np.ndarray = np.ones(0, dtype=bool)
-        if not isinstance(self.selection, MaskTokens):  # which asks for no words
-            # A word that a special token interrupts begins anew after it.
-            begins = (self.vocabulary.starts_word(tokens) | run_starts(maskable))[places]
+        # A word that a special token interrupts begins anew after it.
+        begins = (self.vocabulary.starts_word(tokens) | run_starts(maskable))[places]
         drawn = self.selection(places, begins, noise_count(len(places), self.rate), rng)
         which = drawn >= 0
         places, drawn = places[which], drawn[which]
