@@ -137,7 +137,7 @@ class MaskSpans:
         ends = [*starts[1:].tolist(), len(places)]
         word_of = (np.cumsum(begins_word) - 1).tolist()
         joined = [False, *(np.diff(places) == 1).tolist()]  # to the place before
-        draws = rng.random(len(places))
+        draws = rng.random(count)  # every span draws one token or more
         lengths: list[int] = (1 + np.digitize(draws, self._bounds)).tolist()
         drawn = [-1] * len(places)
         left, number = count, 0
