@@ -22,10 +22,12 @@ from t5x_lite import trees
 from t5x_lite.interop import load_hf
 from t5x_lite.interop.peft_adapters import load_peft, save_peft
 from t5x_lite.models import transformer
+from t5x_lite.models.config_positions import Learned
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.types import InputError
+from tests.common import FAMILIES, with_stacks
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "peft"
 ADAPTERS = ["t5/adapter", "t5/patterns", "gpt2/adapter"]
@@ -125,6 +127,35 @@ def test_ours_come_back_computing_the_same(tmp_path, models, name, targets):
         assert b.shape == (48, 3 * count)
         assert not b[:16, 3:].any()  # the query's rows see its own block alone
         assert b[:16, :3].all()
+
+
+BERT = with_stacks(FAMILIES["bert"], positions=Learned(max_length=32))
+ONES = {
+    "bert": (BERT, "bert.encoder.layer.1.attention.self.query"),
+    "llama": (FAMILIES["llama"], "model.layers.1.self_attn.k_proj"),
+    "bart": (FAMILIES["bart"], "model.decoder.layers.1.encoder_attn.v_proj"),
+    "t5": (FAMILIES["t5_1_0"], "decoder.block.1.layer.2.DenseReluDense.wi"),
+}
+
+
+@pytest.mark.parametrize("name", ONES)
+def test_adapters_of_every_architecture_come_back(tmp_path, name):
+    config, module = ONES[name]
+    model = transformer.Transformer(config)
+    transform = LoRA(rank=2, alpha=3.0, targets=(".*layers/.*/kernel",))
+    structs = jax.eval_shape(lambda key: transformer.init(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda base: transform.split(base, transformer.axes(model), jax.random.key(0))[0], structs
+    )
+    rng = np.random.default_rng(0)
+    trainable = jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f4"), shapes)
+    save_peft(str(tmp_path / "out"), model, transform, trainable)
+    assert f"base_model.model.{module}.lora_A.weight" in tensors(tmp_path / "out")
+    again, found = load_peft(str(tmp_path / "out"), model)
+    assert (again.rank, again.alpha) == (2, 3.0)
+    assert len(trees.flatten(found)) == len(trees.flatten(trainable))
+    for path, leaf in trees.flatten(found).items():
+        np.testing.assert_array_equal(leaf, trees.flatten(trainable)[path], path)
 
 
 def test_bfloat16_and_placement(tmp_path, models):

@@ -76,6 +76,14 @@ def test_split_heads_and_the_first_axis_load_too(tmp_path, t5):
         same(load_t5x(str(tmp_path / name), config=model.config)[1], params)
 
 
+def test_where_sizes_cannot_tell_layers_are_on_axis_1(tmp_path):
+    config = dataclasses.replace(T5, embed_dim=4)
+    config = with_stacks(config, num_layers=4, num_heads=2, head_dim=2, mlp_dim=4)
+    _, params = build(config)
+    write_native(tmp_path / "c", t5x_tree(params, scanned=True))
+    same(load_t5x(str(tmp_path / "c"), config=config)[1], params)
+
+
 def test_bfloat16_and_the_latest_of_several(tmp_path, t5):
     model, params = t5
     low = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
