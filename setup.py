@@ -37,6 +37,7 @@ setup(
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.7",
+        "tensorstore>=0.1.60",
         "tokenizers>=0.20",
     ],
     extras_require=EXTRAS,

@@ -86,11 +86,11 @@ def arrays(directory: str, part: str) -> dict[str, StoredArray]:
     state = os.path.join(directory, "state")
     if os.path.isdir(state):
         directory = state
-    native = os.path.exists(os.path.join(directory, CHECKPOINT))
-    found = _native(directory, part) if native else {}
-    if not native or os.path.exists(os.path.join(directory, OCDBT)):
-        found |= _orbax(directory, part)
-    return found
+    found: dict[str, StoredArray] = {}
+    whole = False
+    if os.path.exists(os.path.join(directory, CHECKPOINT)):
+        found, whole = _native(directory, part)
+    return found if whole else found | _orbax(directory, part)
 
 
 def _inner(path: str, part: str) -> str | None:
@@ -99,7 +99,8 @@ def _inner(path: str, part: str) -> str | None:
     return path if path.startswith(f"{part}/") else None
 
 
-def _native(directory: str, part: str) -> dict[str, StoredArray]:
+def _native(directory: str, part: str) -> tuple[dict[str, StoredArray], bool]:
+    """What the msgpack tree says, and whether that is all: Orbax's first versions had one too."""
     file = os.path.join(directory, CHECKPOINT)
     try:
         with open(file, "rb") as stream:
@@ -117,18 +118,19 @@ def _native(directory: str, part: str) -> dict[str, StoredArray]:
         tree = tree["optimizer"]
     flat = flax.traverse_util.flatten_dict(tree, sep="/", is_leaf=lambda _, value: _is_spec(value))
     found = {}
+    whole = True
     for full, leaf in flat.items():
         path = _inner(full, part)
         if path is None or leaf is None:
             continue
-        if isinstance(leaf, str) and leaf.startswith("PLACEHOLDER://"):  # Orbax's first versions
-            found[path] = _open(path, directory, leaf.removeprefix("PLACEHOLDER://"))
+        if isinstance(leaf, str) and leaf.startswith("PLACEHOLDER://"):
+            whole = False
         elif isinstance(leaf, dict):
             found[path] = _open(path, directory, _spec_path(path, file, leaf), leaf)
         else:
             value = np.asarray(leaf)
             found[path] = StoredArray(path, file, value.shape, value)
-    return found
+    return found, whole
 
 
 def _is_spec(value: Any) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
+import flax.serialization
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from t5x_lite import trees
@@ -62,6 +64,35 @@ def test_the_model_is_told_from_the_checkpoint(tmp_path, config, scanned):
     model, found = load_t5x(str(tmp_path / "c"))
     assert model.config == config
     same(found, params)
+
+
+@pytest.mark.parametrize("ocdbt", [True, False], ids=["ocdbt", "zarr"])
+def test_orbaxs_first_versions_had_a_tree_beside_their_arrays(tmp_path, t5, ocdbt):
+    model, params = t5
+    tree = t5x_tree(params)
+    state = tmp_path / "c" / "state"
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)
+    with ocp.Checkpointer(handler) as checkpointer:
+        named = {"_optimizer": {"target": trees.unflatten(tree)}}
+        checkpointer.save(state.absolute(), args=ocp.args.PyTreeSave(named))
+    leaves = {
+        f"_optimizer/target/{path}": f"PLACEHOLDER://_optimizer.target.{path.replace('/', '.')}"
+        for path in tree
+    }
+    content = flax.serialization.msgpack_serialize(trees.unflatten(leaves))
+    (state / "checkpoint").write_bytes(content)
+    same(load_t5x(str(tmp_path / "c"), config=model.config)[1], params)
+
+
+def test_a_damaged_database_is_named(tmp_path, t5):
+    model, params = t5
+    folder = write_orbax(tmp_path / "c", t5x_tree(params))
+    files = [path for path in (folder / "state").rglob("d/*") if path.stat().st_size > 2000]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"missing or damaged|not a readable Orbax checkpoint"):
+        load_t5x(str(folder), config=model.config)
 
 
 def test_split_heads_and_the_first_axis_load_too(tmp_path, t5):
