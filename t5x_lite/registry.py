@@ -19,7 +19,7 @@ from t5x_lite.data import (
 )
 from t5x_lite.data.builders import bible
 from t5x_lite.evaluation import metrics
-from t5x_lite.models import config
+from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import demo
@@ -49,14 +49,35 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     sources.JsonlSource,
     sources.TokenFileSource,
     sources.TfdsSource,
+    sources.PairedSource,
     textfiles.Lines,
     textfiles.Paragraphs,
     # tasks
     preprocessors.Prefix,
     preprocessors.Rename,
     objectives.SpanCorruption,
+    objectives.IidDenoising,
+    objectives.UL2,
+    objectives.Denoiser,
+    objectives.BART,
+    objectives.TokenMasking,
+    objectives.TokenDeletion,
+    objectives.TextInfilling,
+    objectives.SentencePermutation,
+    objectives.DocumentRotation,
+    objectives.MaskedLM,
+    objectives.MaskTokens,
+    objectives.MaskWholeWords,
+    objectives.MaskSpans,
+    objectives.NextSentencePairs,
+    objectives.CausalLM,
+    objectives.PrefixLM,
+    objectives.FillInTheMiddle,
     objectives.TextToText,
     layouts.as_encoder_decoder,
+    layouts.as_encoder,
+    layouts.as_decoder,
+    layouts.as_prefix_lm,
     tasks.Task,
     tasks.Mixture,
     tasks.Chunks,
@@ -71,7 +92,8 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     # models and transforms
     config.ModelConfig,
     config.StackConfig,
-    config.RelativeBias,
+    *config_positions.CLASSES,
+    *config_heads.CLASSES,
     Partitioner,
     transform.Full,
     transform.Freeze,

@@ -25,7 +25,8 @@ from t5x_lite.data.vocabularies import (
     TokenizersVocabulary,
     Vocabulary,
 )
-from t5x_lite.models.config import ModelConfig, RelativeBias, StackConfig
+from t5x_lite.models import config_heads, config_positions
+from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Freeze, Full, Transform
 from t5x_lite.records import from_record, to_record
@@ -39,7 +40,8 @@ VOCABULARY_FILE = "vocabulary.model"
 _CLASSES = (
     ModelConfig,
     StackConfig,
-    RelativeBias,
+    *config_positions.CLASSES,
+    *config_heads.CLASSES,
     Full,
     Freeze,
     LoRA,
