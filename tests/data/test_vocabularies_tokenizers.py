@@ -13,7 +13,6 @@ from tokenizers import pre_tokenizers
 from t5x_lite.data.vocabularies import (
     TokenizersVocabulary,
     Vocabulary,
-    encode_marked,
     train_byte_level,
     train_wordpiece,
 )
@@ -185,17 +184,6 @@ def test_no_text_becomes_a_special(text, byte_level):
     ids = v.encode(text)
     assert v.special_ids.isdisjoint(ids.tolist())
     assert v.decode(ids) == text
-
-
-def test_marked_texts_hold_specials_by_name(tmp_path):
-    v = TokenizersVocabulary(bert_files(tmp_path / "a"), extra_ids=2)
-    assert encode_marked(v, "the [MASK].").tolist() == [5, 4, 10]
-    assert encode_marked(v, "[CLS]the <extra_id_1>[SEP]").tolist() == [2, 5, 15, 3]
-    assert encode_marked(v, "the sea").tolist() == v.encode("the sea").tolist()
-    r = TokenizersVocabulary(bpe_files(tmp_path / "b"))
-    expected = [*r.encode("the"), r.mask_id, *r.encode(" sea")]
-    assert encode_marked(r, "the <mask> sea").tolist() == expected
-    assert encode_marked(r, "").size == 0
 
 
 def test_a_truncating_tokenizer_json_does_not_truncate(tmp_path):

@@ -12,7 +12,6 @@ from t5x_lite.data.vocabularies import (
     ByteVocabulary,
     SentencePieceVocabulary,
     TokenizersVocabulary,
-    encode_marked,
     train_byte_level,
     train_sentencepiece,
     train_wordpiece,
@@ -88,7 +87,6 @@ def test_a_masked_sentencepiece_vocabulary(folder):
     assert (v.pad_id, v.eos_id, v.unk_id, v.mask_id, v.size) == (0, 1, 2, 3, 400)
     assert v.special_ids == {0, 1, 2, 3, *range(300, 400)}
     assert 3 not in v.encode("a <mask> here")
-    assert encode_marked(v, "the <mask>").tolist() == [*v.encode("the"), 3]
     assert v.decode([*v.encode("the sea"), 3]) == "the sea"
     plain = train_sentencepiece(TEXTS, folder / "p.model", vocab_size=300)
     assert plain.mask_id is None
