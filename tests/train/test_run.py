@@ -15,7 +15,10 @@ from t5x_lite import trees
 from t5x_lite.data.vocabularies import (
     ByteVocabulary,
     SentencePieceVocabulary,
+    TokenizersVocabulary,
+    train_byte_level,
     train_sentencepiece,
+    train_wordpiece,
 )
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Freeze, Full
@@ -52,12 +55,29 @@ def test_a_run_comes_back_as_it_was_written(tmp_path, run):
     assert Run.read(str(tmp_path / "new")) == run
 
 
-def test_the_vocabulary_travels_with_the_run(tmp_path):
+TEXTS = [f"the lazy fox jumps over {i} quick brown dogs" for i in range(300)]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "wordpiece", "byte-level", "bart", "vocab.txt"])
+def test_the_vocabulary_travels_with_the_run(kind, tmp_path):
     source = tmp_path / "elsewhere" / "v.model"
     source.parent.mkdir()
-    texts = [f"the lazy fox jumps over {i} quick brown dogs" for i in range(300)]
-    train_sentencepiece(texts, str(source), vocab_size=300)
-    vocabulary = SentencePieceVocabulary(str(source), extra_ids=9)
+    if kind == "sentencepiece":
+        train_sentencepiece(TEXTS, str(source), vocab_size=300)
+        vocabulary = SentencePieceVocabulary(str(source), extra_ids=9)
+    elif kind == "wordpiece":
+        train_wordpiece(TEXTS, source, vocab_size=100)
+        vocabulary = TokenizersVocabulary(str(source), extra_ids=9, mask_token="")
+    elif kind == "vocab.txt":  # with what is said beside it
+        source.write_text("[UNK]\n<end>\nlazy\nfox\nLazy\n")
+        config = {"do_lower_case": False, "eos_token": "<end>", "bos_token": None}
+        (source.parent / "tokenizer_config.json").write_text(json.dumps(config))
+        vocabulary = TokenizersVocabulary(str(source))
+    else:
+        train_byte_level(TEXTS, source, vocab_size=300)
+        vocabulary = TokenizersVocabulary(
+            str(source), start_token="</s>" if kind == "bart" else None
+        )
     folder = tmp_path / "run"
     run_of(vocabulary).write(str(folder))
     shutil.rmtree(source.parent)
@@ -66,6 +86,8 @@ def test_the_vocabulary_travels_with_the_run(tmp_path):
     assert found.vocabulary.path == str(moved / "vocabulary.model")
     assert found.vocabulary.fingerprint == found.vocabulary_fingerprint == vocabulary.fingerprint
     assert found.vocabulary.decode(found.vocabulary.encode("lazy fox")) == "lazy fox"
+    for name in ("size", "pad_id", "eos_id", "unk_id", "bos_id", "mask_id", "start_id"):
+        assert getattr(found.vocabulary, name) == getattr(vocabulary, name), name
     found.write(str(moved))  # over itself
     assert Run.read(str(moved)) == found
 

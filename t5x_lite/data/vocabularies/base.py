@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -175,26 +174,6 @@ class BaseVocabulary:
     def _text(self, token: int) -> str:
         """The text of one token."""
         raise NotImplementedError
-
-
-def encode_marked(vocabulary: Vocabulary, text: str) -> np.ndarray:
-    """As `vocabulary.encode`, but specials written in the text by name become their ids.
-
-    For prompts: `"The [MASK] of France."`, `"Thank you <extra_id_0> me"`. Elsewhere a text that
-    happens to hold such a name must not turn into a special, so that `encode` spells it out. Space
-    before a mask is dropped: the mask stands for the word and its space, as in RoBERTa.
-    """
-    names = {vocabulary.piece(i): i for i in vocabulary.special_ids if i != vocabulary.unk_id}
-    longest_first = sorted(filter(None, names), key=lambda name: (-len(name), name))
-    parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-    encoded = []
-    for part, following in itertools.zip_longest(parts, parts[1:]):
-        if part in names:
-            encoded.append(np.array([names[part]], np.int32))
-        else:
-            before_mask = following in names and names[following] == vocabulary.mask_id
-            encoded.append(vocabulary.encode(part.rstrip() if before_mask else part))
-    return np.concatenate(encoded)
 
 
 def check_extra_ids(extra_ids: int) -> None:

@@ -46,7 +46,7 @@ class TokenizersVocabulary(BaseVocabulary):
     `start_token` is what a decoder's input begins with; by default bos, or else padding. BART's
     files look like RoBERTa's: give it `start_token="</s>"`.
 
-    `encode` never gives specials: `</s>` in a text is four characters (`encode_marked` reads it).
+    `encode` never gives specials: `</s>` in a text is four characters.
     Byte-level vocabularies give no unk either; WordPiece gives it for words it cannot spell.
     Sentinels come on top of the file's ids, none by default; T5's `tokenizer.json` has its own.
 
