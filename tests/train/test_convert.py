@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from t5x_lite import trees
-from t5x_lite.data.vocabularies import ByteVocabulary, train_sentencepiece
+from t5x_lite.data.vocabularies import ByteVocabulary, train_byte_level, train_sentencepiece
 from t5x_lite.interop import load_hf
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import run as runs
@@ -78,6 +78,22 @@ def test_a_sentencepiece_file_goes_along(tmp_path, t5x):
     convert(source=str(tmp_path / "hf"), output=str(tmp_path / "again"), to="run")
     found = runs.Run.read(str(tmp_path / "again"))
     assert found.vocabulary_fingerprint == vocabulary.fingerprint
+
+
+def test_a_tokenizers_file_goes_along(tmp_path, t5x):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    train_byte_level(
+        ["the river and the bread of day 7"] * 9, folder / "tokenizer.json", vocab_size=300
+    )
+    convert(source=t5x[0], output=str(tmp_path / "hf"), to="hf", tokenizer=str(folder))
+    convert(source=str(tmp_path / "hf"), output=str(tmp_path / "run"), to="run")
+    convert(source=str(tmp_path / "run"), output=str(tmp_path / "again"), to="hf")
+    convert(source=str(tmp_path / "again"), output=str(tmp_path / "last"), to="run")
+    first, last = (runs.Run.read(str(tmp_path / name)) for name in ("run", "last"))
+    assert first.vocabulary_fingerprint == last.vocabulary_fingerprint
+    for name in ("pad_id", "eos_id", "bos_id", "mask_id", "start_id"):
+        assert getattr(first.vocabulary, name) == getattr(last.vocabulary, name), name
 
 
 def test_adafactors_state_goes_along_and_a_run_resumes_from_it(tmp_path, t5x):
