@@ -126,6 +126,7 @@ def test_adafactors_state_goes_along_and_a_run_resumes_from_it(tmp_path, t5x):
     checkpointer.close()
 
 
+@pytest.mark.slow
 def test_adapters_go_in_and_out_beside_their_base(tmp_path):
     # A base that bytes fit in: the fixture's is too small for any vocabulary here.
     wide = dataclasses.replace(load_hf(str(PEFT / "t5/base"))[0].config, vocab_size=384)
