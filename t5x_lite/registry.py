@@ -19,7 +19,7 @@ from t5x_lite.data import (
 )
 from t5x_lite.data.builders import bible
 from t5x_lite.evaluation import metrics
-from t5x_lite.models import config
+from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import demo
@@ -67,7 +67,8 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     # models and transforms
     config.ModelConfig,
     config.StackConfig,
-    config.RelativeBias,
+    *config_positions.CLASSES,
+    *config_heads.CLASSES,
     Partitioner,
     transform.Full,
     transform.Freeze,

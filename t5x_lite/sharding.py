@@ -39,6 +39,9 @@ DEFAULT_RULES: tuple[tuple[str, AxisRule], ...] = (
     ("layers", None),
     ("rank", None),
     ("buckets", None),
+    ("labels", None),
+    ("places", None),
+    ("types", None),
     ("length", None),
     ("activation_embed", None),
 )

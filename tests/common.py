@@ -10,11 +10,12 @@ import numpy as np
 from t5x_lite import types
 from t5x_lite.models import transformer
 from t5x_lite.models.config import ModelConfig, StackConfig
+from t5x_lite.models.config_heads import LMHead
 
 STACK = StackConfig(num_layers=2, num_heads=4, head_dim=8, mlp_dim=64)
 T5 = ModelConfig(vocab_size=96, embed_dim=32, encoder=STACK, decoder=STACK)
 GPT = ModelConfig(vocab_size=96, embed_dim=32, decoder=STACK)
-BERT = ModelConfig(vocab_size=96, embed_dim=32, encoder=STACK, head="tied")
+BERT = ModelConfig(vocab_size=96, embed_dim=32, encoder=STACK, head=LMHead(tied=True, scaled=True))
 
 
 def with_stacks(config: ModelConfig, **changes) -> ModelConfig:

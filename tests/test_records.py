@@ -7,14 +7,16 @@ import json
 
 import pytest
 
-from t5x_lite.models.config import ModelConfig, RelativeBias, StackConfig
+from t5x_lite.models.config import ModelConfig, StackConfig
+from t5x_lite.models.config_heads import LMHead
+from t5x_lite.models.config_positions import RelativeBias
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Freeze, Full
 from t5x_lite.records import from_record, to_record
 from t5x_lite.types import InputError
 from tests import common
 
-CLASSES = (ModelConfig, StackConfig, RelativeBias, Full, Freeze, LoRA)
+CLASSES = (ModelConfig, StackConfig, RelativeBias, LMHead, Full, Freeze, LoRA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ def test_a_record_says_its_class_and_fields():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"class": "Lora"}, "class 'Lora': expected one of Freeze, Full, LoRA"),
+        ({"class": "Lora"}, "class 'Lora': expected one of Freeze, Full, LMHead, LoRA"),
         ([1, {"x": {"class": "Nothing"}}], "class 'Nothing'"),
         ({"class": "LoRA", "ranks": 3}, "'LoRA' does not fit this version.*ranks"),
         ({"class": "Freeze"}, "'Freeze' does not fit this version.*trainable"),

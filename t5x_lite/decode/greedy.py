@@ -1,6 +1,6 @@
 """Greedy decoding over a key-value cache, one compiled program a shape.
 
-Shapes: b batch, n new tokens.
+Shapes: b batch, p prompt length, n new tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from t5x_lite.types import Array, Batch, Params
 
 
 def greedy(
-    model: Transformer, params: Params, batch: Batch, *, max_tokens: int, eos_id: int, pad_id: int
+    model: Transformer,
+    params: Params,
+    batch: Batch,
+    *,
+    max_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    start_id: int | None = None,
 ) -> Array:
     """The most probable next token, again and again, until every row has ended.
 
@@ -22,21 +29,30 @@ def greedy(
     have. Wrap in `jax.jit` with `model` and the keyword arguments static.
 
     Args:
-      model: with an encoder and a decoder.
+      model: with a decoder.
       params: its parameters, PEFT leaves included.
-      batch: `encoder_input_tokens [b, l]`, and `encoder_segment_ids` where there is padding.
+      batch: for an encoder-decoder `encoder_input_tokens [b, l]`, with `encoder_segment_ids` where
+        there is padding. The decoder goes on from `decoder_input_tokens [b, p]`, with
+        `decoder_segment_ids` 0 where shorter prompts are padded, on their left; where the batch has
+        none, from `start_id` alone.
       max_tokens: n, the most tokens to make.
       eos_id: ends a row.
-      pad_id: follows eos; it is also what decoding starts from, as in T5.
+      pad_id: follows eos.
+      start_id: see `batch`; None: `pad_id`, as T5.
 
     Returns:
       int32 `[b, n]`: tokens up to and with `eos_id`, then `pad_id`.
     """
     variables = {"params": params}
-    rows = batch[types.ENCODER_INPUT_TOKENS].shape[0]
-    start = jnp.full((rows, 1), pad_id, jnp.int32)
-    first_batch = {**batch, types.DECODER_INPUT_TOKENS: start}
-    logits, cache = model.apply(variables, first_batch, max_tokens, method="prefill")
+    if types.DECODER_INPUT_TOKENS not in batch:
+        rows = batch[types.ENCODER_INPUT_TOKENS].shape[0]
+        start = jnp.full((rows, 1), pad_id if start_id is None else start_id, jnp.int32)
+        batch = {**batch, types.DECODER_INPUT_TOKENS: start}
+    rows, prompt = batch[types.DECODER_INPUT_TOKENS].shape
+    # Logits at the last place alone.
+    first_batch = {**batch, types.MASKED_POSITIONS: jnp.full((rows, 1), prompt - 1, jnp.int32)}
+    capacity = prompt + max_tokens - 1  # the last token is never fed
+    logits, cache = model.apply(variables, first_batch, capacity, method="prefill")
 
     def choose(logits: Array, ended: Array) -> tuple[Array, Array]:
         token = jnp.argmax(logits[:, -1].astype(jnp.float32), axis=-1).astype(jnp.int32)

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.models.cache import KeyValue
+from t5x_lite.models.config import StackConfig
 from t5x_lite.models.layers import Dense, Dropout
+from t5x_lite.models.positions import Angles, rotate
 from t5x_lite.sharding import constrain
 from t5x_lite.types import Array
 
@@ -56,7 +58,7 @@ def dot_product_attention(
 ) -> Array:
     """Plain attention, the reference for every other kernel; softmax in float32.
 
-    T5 does not scale by `1/sqrt(d)`: its query initialisation does.
+    Queries come scaled by `1/sqrt(d)`, or not at all (T5's initialisation does it).
 
     The gradient is written out because autodiff's costs a CPU twice as much (one layer of T5 1.1
     small's encoder, batch 8 x 512, both ways: 390 CPU-ms against 220). XLA has no fast product
@@ -151,29 +153,56 @@ def _by_column(x: Array) -> Array:
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention of `x` over keys and values, which `key_value` projects from `x` or a memory."""
+    """Attention of `x` over keys and values, which `key_value` projects from `x` or a memory.
 
-    num_heads: int
-    head_dim: int
+    With fewer heads of keys and values than of queries, each serves as many queries in turn
+    (grouped-query attention, Ainslie et al. 2023).
+    """
+
+    config: StackConfig
     embed_dim: int
-    dropout: float
     param_dtype: Any
+    stddev: float | None = None
+    out_stddev: float | None = None
 
     def setup(self) -> None:
-        features, names = (self.num_heads, self.head_dim), ("embed", "heads", "kv")
-        # 1/d in variance stands for the missing 1/sqrt(d) in front of the logits.
-        self.query = Dense(features, names, self.param_dtype, scale=1.0 / self.head_dim)
-        self.key = Dense(features, names, self.param_dtype)
-        self.value = Dense(features, names, self.param_dtype)
-        self.out = Dense((self.embed_dim,), ("heads", "kv", "embed"), self.param_dtype, in_axes=2)
+        config, embed_dim = self.config, self.embed_dim
+        names = ("embed", "heads", "kv")
+
+        def dense(name: str, heads: int, scale: float = 1.0) -> Dense:
+            return Dense(
+                (heads, config.head_dim),
+                names,
+                self.param_dtype,
+                scale=scale,
+                use_bias=name in config.biases,
+                stddev=self.stddev,
+            )
+
+        # Without 1/sqrt(d) in front of the logits, 1/d in the variance stands for it.
+        unscaled = config.attention_scale == 1.0
+        self.query = dense("query", config.num_heads, 1.0 / config.head_dim if unscaled else 1.0)
+        self.key = dense("key", config.kv_heads)
+        self.value = dense("value", config.kv_heads)
+        self.out = Dense(
+            (embed_dim,),
+            ("heads", "kv", "embed"),
+            self.param_dtype,
+            in_axes=2,
+            use_bias="out" in config.biases,
+            stddev=self.out_stddev,
+        )
         # T5 drops attention weights with one mask for all queries of a row, which is to drop
         # values: a key that is lost is lost to every query.
-        self.drop = Dropout(self.dropout, (-1,))
+        self.drop = Dropout(config.dropout, (-1,))
 
-    def key_value(self, memory: Array) -> KeyValue:
-        """Keys and values `[b, k, h, d]` of `memory [b, k, e]`."""
+    def key_value(self, memory: Array, angles: Angles | None = None) -> KeyValue:
+        """Keys and values `[b, k, kv heads, d]` of `memory [b, k, e]`, keys turned by `angles`."""
         names = ("batch", "length", "heads", "kv")
-        return constrain(self.key(memory), *names), constrain(self.value(memory), *names)
+        key, value = self.key(memory), self.value(memory)
+        if angles is not None:
+            key = rotate(key, angles)
+        return constrain(key, *names), constrain(value, *names)
 
     def __call__(
         self,
@@ -181,11 +210,24 @@ class MultiHeadAttention(nn.Module):
         key_value: KeyValue,
         visibility: Visibility,
         bias: Array | None,
+        angles: Angles | None,
         deterministic: bool,
     ) -> Array:
-        """`[b, q, e]` from `x [b, q, e]`."""
-        query = constrain(self.query(x), "batch", "length", "heads", "kv")
-        key, value = key_value
+        """`[b, q, e]` from `x [b, q, e]`; `angles` turn the queries."""
+        config = self.config
+        query = self.query(x)
+        if angles is not None:
+            query = rotate(query, angles)
+        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        if scale != 1.0:
+            query = query * jnp.asarray(scale, query.dtype)
+        query = constrain(query, "batch", "length", "heads", "kv")
+        key, value = (
+            jnp.repeat(part, config.num_heads // config.kv_heads, axis=2)
+            if config.kv_heads != config.num_heads
+            else part
+            for part in key_value
+        )
         value = self.drop(value, deterministic)
         attended = dot_product_attention(query, key, value, visibility, bias)
         return self.out(constrain(attended, "batch", "length", "heads", "kv"))

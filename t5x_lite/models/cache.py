@@ -1,6 +1,7 @@
 """The key-value cache of decoding: a pytree that goes in and comes out.
 
-Shapes: layers, b batch, c capacity in tokens, k encoder length, h heads, d head width.
+Shapes: layers, b batch, c capacity in tokens, k encoder length, h heads of keys and values,
+d head width.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ class Cache:
     """All a decoder needs to go on: `layers` stacked `[layers, ...]`, and where it stands."""
 
     layers: LayerCache
-    index: Array  # int32 scalar: tokens written, the same in every row
-    memory_segment_ids: Array | None = None  # [b, k]: 0 hides the encoder's padding
+    index: Array  # int32 scalar: places written, the same in every row
+    positions: Array  # int32 [b]: the next token's, smaller than `index` behind padding on the left
+    segment_ids: Array | None = None  # int32 [b, c]: 0 hides the prompt's padding; None: none
+    memory_segment_ids: Array | None = None  # int32 [b, k]: 0 hides the encoder's padding
 
     @property
     def capacity(self) -> int:

@@ -1,18 +1,21 @@
-"""Positions: T5's relative bias.
+"""Positions: T5's relative bias, learned and sinusoidal embeddings, rotary angles.
 
-Shapes: q query length, k key length, h heads.
+Shapes: b batch, l length, q query length, k key length, h heads, d head width, e embed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite.models import config
+from t5x_lite.models import config_positions as config
 from t5x_lite.types import Array
+
+Angles: TypeAlias = tuple[Array, Array]  # cosines and sines, see `rotary_angles`
 
 
 def relative_bucket(
@@ -75,3 +78,80 @@ class RelativeBias(nn.Module):
         )
         bias = jnp.take(embedding, bucket, axis=0)  # [q, k, h]
         return jnp.moveaxis(bias, -1, 0)[None].astype(dtype)
+
+
+def sinusoids(positions: Array, embed_dim: int, max_period: float) -> Array:
+    """Sines, then cosines, of position times frequency: float32 `[b, l, e]` of int32 `[b, l]`.
+
+    Frequency i of n = e / 2 is `max_period ** (-i / n)` (Vaswani et al. 2017, section 3.5, with
+    sines and cosines in two halves, as BART's sinusoidal relatives and Marian have them).
+    """
+    half = (embed_dim + 1) // 2
+    frequency = max_period ** (-np.arange(half, dtype=np.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None] * frequency[None, None, :]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[..., :embed_dim]
+
+
+def rotary_angles(rotary: config.Rotary, dim: int, positions: Array) -> Angles:
+    """Cosines and sines, float32 `[b, l, 1, d/2]`, of each position's angles.
+
+    Angle i is `position * base ** (-2i / d)` (Su et al. 2021, equation 15), its frequencies as
+    `rotary.scaling` changes them.
+
+    Args:
+      dim: d, the dimensions of a head that turn.
+      positions: int32 `[b, l]`.
+    """
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / dim
+    inverse: Array = (rotary.base**-exponents).astype(np.float32)
+    factor = 1.0
+    match rotary.scaling:
+        case config.LinearScaling(factor=by):
+            inverse = inverse / np.float32(by)
+        case config.DynamicScaling(factor=by, original_length=original):
+            longest = jnp.maximum(jnp.max(positions) + 1, original).astype(jnp.float32)
+            base = rotary.base * (by * longest / original - (by - 1)) ** (dim / (dim - 2))
+            inverse = base**-exponents
+        case config.Llama3Scaling() as scaling:
+            inverse = _llama3_frequencies(inverse, scaling)
+        case config.YarnScaling() as scaling:
+            inverse = _yarn_frequencies(inverse, rotary.base, dim, scaling)
+            factor = scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
+    angle = positions.astype(jnp.float32)[..., None, None] * inverse[None, None, None, :]
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def rotate(x: Array, angles: Angles) -> Array:
+    """`x [b, l, h, d]` with its first dimensions turned: i together with i + half of them.
+
+    As many dimensions turn as `angles` cover; the rest stay. Computed in float32, in `x`'s dtype.
+    """
+    cosine, sine = angles
+    half = cosine.shape[-1]
+    first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), x[..., 2 * half :]], -1)
+
+
+def _llama3_frequencies(inverse: np.ndarray, scaling: config.Llama3Scaling) -> np.ndarray:
+    """Waves longer than the original length are slowed down, short ones kept (Llama 3.1)."""
+    turns = scaling.original_length * inverse / (2 * np.pi)  # within the original length
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (inverse * (kept + (1.0 - kept) / scaling.factor)).astype(np.float32)
+
+
+def _yarn_frequencies(
+    inverse: np.ndarray, base: float, dim: int, scaling: config.YarnScaling
+) -> np.ndarray:
+    """A ramp over dimensions, from kept to divided by the factor (Peng et al. 2023, 3.2)."""
+
+    def dimension(turns: float) -> float:
+        """The dimension whose wave turns so often within the original length."""
+        return dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / 2 / math.log(base)
+
+    low = max(math.floor(dimension(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension(scaling.beta_slow)), dim - 1)
+    span = max(high - low, 0.001)
+    divided = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / span, 0.0, 1.0)
+    return (inverse * (1.0 - divided + divided / scaling.factor)).astype(np.float32)

@@ -21,7 +21,8 @@ from absl import logging
 
 from t5x_lite import trees
 from t5x_lite.data.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
-from t5x_lite.models.config import ModelConfig, RelativeBias, StackConfig
+from t5x_lite.models import config_heads, config_positions
+from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Freeze, Full, Transform
 from t5x_lite.records import from_record, to_record
@@ -35,7 +36,8 @@ VOCABULARY_FILE = "vocabulary.model"
 _CLASSES = (
     ModelConfig,
     StackConfig,
-    RelativeBias,
+    *config_positions.CLASSES,
+    *config_heads.CLASSES,
     Full,
     Freeze,
     LoRA,

@@ -13,8 +13,11 @@ import pytest
 from t5x_lite import trees, types
 from t5x_lite.models import flops, transformer
 from t5x_lite.models.attention import Visibility
-from t5x_lite.models.config import ModelConfig, RelativeBias, StackConfig
+from t5x_lite.models.config import ModelConfig, StackConfig
+from t5x_lite.models.config_heads import LMHead
+from t5x_lite.models.config_positions import RelativeBias
 from t5x_lite.models.positions import relative_bucket
+from t5x_lite.models.stack import Layer
 from tests import common
 
 
@@ -25,7 +28,7 @@ def influence(config, batch, stream, row, place):
     gradient of that place's input. Exact: a gradient of 0.0 is no influence, anything else is.
     """
     size = batch[stream].size
-    config = dataclasses.replace(config, vocab_size=size + 1, head="untied")
+    config = dataclasses.replace(config, vocab_size=size + 1, head=LMHead())
     model, params = common.build(config)
     batch = {k: np.full_like(v, size) if k.endswith("_tokens") else v for k, v in batch.items()}
     batch[stream] = np.arange(size, dtype=np.int32).reshape(batch[stream].shape)
@@ -139,11 +142,11 @@ def test_the_loop_over_layers_is_a_loop_over_layers():
     )
     bias = jnp.moveaxis(encoder["relative_bias"]["embedding"][bucket], -1, 0)[None]
     for index in range(3):
-        layer = transformer.Layer(stack, has_memory=False, param_dtype=jnp.float32)
+        layer = Layer(stack, has_memory=False, param_dtype=jnp.float32, stddev=None)
         weights = jax.tree.map(lambda leaf, index=index: leaf[index], encoder["layers"])
         visibility = Visibility(segments, segments)
         x, _ = layer.apply(
-            {"params": weights}, x, None, None, visibility, Visibility(), bias, None, True
+            {"params": weights}, x, None, None, visibility, Visibility(), bias, None, None, True
         )
     scale = encoder["final_norm"]["scale"]
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale[None, None]
@@ -291,7 +294,7 @@ def test_linen_accepts_a_node_whose_first_leaf_has_the_declared_shape():
         ({"num_layers": 0}, "num_layers=0"),
         ({"mlp_activations": ("swish",)}, "'swish'; known"),
         ({"dropout": 1.0}, "below 1"),
-        ({"remat": "some"}, "remat='some'; known"),
+        ({"remat": "some"}, "remat has 'some'; known"),
     ],
 )
 def test_a_bad_stack_says_what_was_expected(fields, message):
