@@ -6,8 +6,6 @@ import math
 from typing import Any, Final
 
 import numpy as np
-from t5x_lite.models.config_heads import Head, LMHead, SequenceHead
-from t5x_lite.models.config_positions import Learned
 
 from t5x_lite.interop.name_maps import (
     Architecture,
@@ -27,6 +25,8 @@ from t5x_lite.interop.settings import (
     write_activation,
 )
 from t5x_lite.models.config import PROJECTIONS, ModelConfig, StackConfig
+from t5x_lite.models.config_heads import Head, LMHead, SequenceHead
+from t5x_lite.models.config_positions import Learned
 
 _DEFAULTS: Final[Settings] = {
     "vocab_size": 50265,

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from t5x_lite.models.config_heads import EmbeddingHead, Head, LMHead, SequenceHead, TokenHead
-from t5x_lite.models.config_positions import Learned
-
 from t5x_lite.interop.name_maps import (
     Architecture,
     Rule,
@@ -25,6 +22,8 @@ from t5x_lite.interop.settings import (
     write_activation,
 )
 from t5x_lite.models.config import PROJECTIONS, ModelConfig, StackConfig
+from t5x_lite.models.config_heads import EmbeddingHead, Head, LMHead, SequenceHead, TokenHead
+from t5x_lite.models.config_positions import Learned
 
 # What transformers takes for a setting that config.json leaves out.
 _DEFAULTS: Final[Settings] = {
@@ -227,4 +226,5 @@ ROBERTA: Final = Architecture(
     write=_write_roberta,
     rules=lambda config: _ROBERTA_RULES,
     left_out=_LEFT_OUT,
+    carried=r"(bos|eos)_token_id",  # that of padding says where positions begin
 )

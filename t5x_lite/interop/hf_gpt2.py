@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from t5x_lite.models.config_positions import (
-    Learned,
-)
-
 from t5x_lite.interop.name_maps import (
     Architecture,
     Rule,
@@ -27,6 +23,9 @@ from t5x_lite.interop.settings import (
     write_activation,
 )
 from t5x_lite.models.config import PROJECTIONS, ModelConfig, StackConfig
+from t5x_lite.models.config_positions import (
+    Learned,
+)
 
 _DEFAULTS: Final[Settings] = {
     "vocab_size": 50257,

@@ -6,15 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from t5x_lite.models.config_positions import (
-    DynamicScaling,
-    LinearScaling,
-    Llama3Scaling,
-    Rotary,
-    RotaryScaling,
-    YarnScaling,
-)
-
 from t5x_lite.interop.name_maps import (
     Architecture,
     Rule,
@@ -35,6 +26,14 @@ from t5x_lite.interop.settings import (
     write_activation,
 )
 from t5x_lite.models.config import ModelConfig, StackConfig
+from t5x_lite.models.config_positions import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    Rotary,
+    RotaryScaling,
+    YarnScaling,
+)
 from t5x_lite.types import InputError
 
 _DEFAULTS: Final[Settings] = {
@@ -222,4 +221,5 @@ LLAMA: Final = Architecture(
     write=_write,
     rules=_rules,
     left_out=(r".*\.rotary_emb\.inv_freq",),
+    carried=r".*_token_id|max_position_embeddings",
 )

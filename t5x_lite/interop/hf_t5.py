@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
-from t5x_lite.models.config_heads import Head, LMHead, SequenceHead
-from t5x_lite.models.config_positions import RelativeBias
-
 from t5x_lite.interop.name_maps import (
     Architecture,
     Rule,
@@ -26,6 +23,8 @@ from t5x_lite.interop.settings import (
     write_activation,
 )
 from t5x_lite.models.config import ModelConfig, StackConfig
+from t5x_lite.models.config_heads import Head, LMHead, SequenceHead
+from t5x_lite.models.config_positions import RelativeBias
 
 _DEFAULTS: Final[Settings] = {
     "vocab_size": 32128,

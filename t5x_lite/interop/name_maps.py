@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from t5x_lite.interop import axes
+from t5x_lite.interop.axes import Axes, parse, same
 from t5x_lite.models.config import ModelConfig
 
 Settings: TypeAlias = Mapping[str, Any]  # a config.json
@@ -33,9 +33,9 @@ class Rule:
     def stacked(self) -> bool:
         return "{layer}" in self.name
 
-    def layout(self, shape: Sequence[int]) -> axes.Axes:
+    def layout(self, shape: Sequence[int]) -> Axes:
         """Of a parameter (or one layer of it) of `shape`."""
-        return axes.same(len(shape)) if self.axes is None else axes.parse(self.axes)
+        return same(len(shape)) if self.axes is None else parse(self.axes)
 
 
 def linear(path: str, name: str, inputs: str, outputs: str) -> tuple[Rule, ...]:
@@ -81,3 +81,5 @@ class Architecture:
     renamed: tuple[tuple[str, str], ...] = ()
     # Tensors of a config that no parameter of ours holds.
     constants: Callable[[ModelConfig], dict[str, np.ndarray]] = lambda config: {}
+    # Regex of settings that our configs don't have, and that go with a tokenizer.
+    carried: str = r".*_token_id"

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from t5x_lite.models.config_heads import EmbeddingHead, Head, LMHead, SequenceHead, TokenHead
-
 from t5x_lite.interop.name_maps import Settings
 from t5x_lite.models.config import ModelConfig, StackConfig
+from t5x_lite.models.config_heads import EmbeddingHead, Head, LMHead, SequenceHead, TokenHead
 from t5x_lite.types import InputError
 
-# Theirs -> ours: their "gelu" is the exact one, and each name ending in _new or _tanh the tanh form.
+# Theirs -> ours: their "gelu" is the exact one, ours the tanh form.
 ACTIVATIONS: Final[Mapping[str, str]] = {
     "gelu": "gelu_exact",
     "gelu_new": "gelu",
