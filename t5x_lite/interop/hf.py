@@ -33,6 +33,7 @@ from t5x_lite.interop.hf_gpt2 import GPT2
 from t5x_lite.interop.hf_llama import LLAMA
 from t5x_lite.interop.hf_t5 import T5
 from t5x_lite.interop.name_maps import Architecture, Settings
+from t5x_lite.interop.settings import refuse
 from t5x_lite.models import transformer
 from t5x_lite.sharding import Partitioner
 from t5x_lite.types import InputError, Params
@@ -86,6 +87,7 @@ def load_hf(
     settings = files.read_json(os.path.join(directory, CONFIG))
     try:
         architecture = choice.known(settings, architectures)
+        refuse(settings, {"quantization_config": None})
         tensors = choice.today(files.open_tensors(directory), architecture)
         config = dataclasses.replace(
             architecture.read(settings, tensors), dtype=dtype, param_dtype=param_dtype

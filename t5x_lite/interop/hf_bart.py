@@ -18,10 +18,10 @@ from t5x_lite.interop.name_maps import (
 )
 from t5x_lite.interop.settings import (
     class_of,
+    expect,
     num_labels,
     read_activation,
     refuse,
-    require,
     write_activation,
 )
 from t5x_lite.models.config import PROJECTIONS, ModelConfig, StackConfig
@@ -98,13 +98,9 @@ def _head(settings: Settings, tensors: Tensors) -> Head:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    encoder, decoder = config.encoder, config.decoder
-    require(encoder is not None and decoder is not None, "it has an encoder and a decoder")
-    assert encoder is not None
-    assert decoder is not None
-    positions = encoder.positions
-    require(isinstance(positions, Learned), "it has learned positions")
-    assert isinstance(positions, Learned)
+    encoder = expect("encoder", config.encoder, StackConfig)
+    decoder = expect("decoder", config.decoder, StackConfig)
+    positions = expect("positions", encoder.positions, Learned)
     stacks = {
         f"{name}_{setting}": value
         for name, stack in (("encoder", encoder), ("decoder", decoder))

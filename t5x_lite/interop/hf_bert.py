@@ -15,15 +15,17 @@ from t5x_lite.interop.name_maps import (
 )
 from t5x_lite.interop.settings import (
     class_of,
+    expect,
+    is_tied,
     num_labels,
     read_activation,
     refuse,
-    require,
     write_activation,
 )
 from t5x_lite.models.config import PROJECTIONS, ModelConfig, StackConfig
 from t5x_lite.models.config_heads import EmbeddingHead, Head, LMHead, SequenceHead, TokenHead
 from t5x_lite.models.config_positions import Learned
+from t5x_lite.types import InputError
 
 # What transformers takes for a setting that config.json leaves out.
 _DEFAULTS: Final[Settings] = {
@@ -90,17 +92,8 @@ def _head(settings: Settings, transform: str) -> Head:
 
 
 def _write(config: ModelConfig, prefix: str, lm_class: str) -> dict[str, Any]:
-    encoder = config.encoder
-    require(encoder is not None and config.decoder is None, "it is an encoder alone")
-    assert encoder is not None
-    positions = encoder.positions
-    require(isinstance(positions, Learned), "it has learned positions")
-    assert isinstance(positions, Learned)
-    require(
-        encoder.num_heads * encoder.head_dim == config.embed_dim,
-        "its num_heads times head_dim is embed_dim",
-    )
-    tied = config.head.tied if isinstance(config.head, LMHead) else True
+    encoder = expect("encoder", config.encoder, StackConfig)
+    positions = expect("positions", encoder.positions, Learned)
     return {
         **class_of(config, prefix, lm_class),
         "vocab_size": config.vocab_size,
@@ -115,7 +108,7 @@ def _write(config: ModelConfig, prefix: str, lm_class: str) -> dict[str, Any]:
         "type_vocab_size": encoder.num_token_types,
         "initializer_range": config.initializer_stddev or 0.02,
         "layer_norm_eps": encoder.norm_epsilon,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": is_tied(config, True),
     }
 
 
@@ -138,10 +131,10 @@ def _read_roberta(settings: Settings, tensors: Tensors) -> ModelConfig:
 
 def _write_roberta(config: ModelConfig) -> dict[str, Any]:
     settings = _write(config, "Roberta", "ForMaskedLM")
-    assert config.encoder is not None
-    assert isinstance(config.encoder.positions, Learned)
-    offset = config.encoder.positions.offset
-    require(offset > 0, "its positions have an offset")
+    encoder = expect("encoder", config.encoder, StackConfig)
+    offset = expect("positions", encoder.positions, Learned).offset
+    if offset < 1:
+        raise InputError("positions.offset=0: expected at least 1")
     special = {"pad_token_id": offset - 1, "bos_token_id": 0, "eos_token_id": 2}
     return {**settings, **special}
 

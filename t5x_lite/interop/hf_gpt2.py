@@ -9,17 +9,17 @@ from t5x_lite.interop.name_maps import (
     Rule,
     Settings,
     Tensors,
+    fused,
     linear,
     norm,
 )
 from t5x_lite.interop.settings import (
     class_of,
-    decoder_alone,
     decoder_head,
+    expect,
     is_tied,
     read_activation,
     refuse,
-    require,
     write_activation,
 )
 from t5x_lite.models.config import PROJECTIONS, ModelConfig, StackConfig
@@ -70,14 +70,8 @@ def _read(settings: Settings, tensors: Tensors) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    decoder = decoder_alone(config)
-    positions = decoder.positions
-    require(isinstance(positions, Learned), "it has learned positions")
-    assert isinstance(positions, Learned)
-    require(
-        decoder.num_heads * decoder.head_dim == config.embed_dim,
-        "its num_heads times head_dim is embed_dim",
-    )
+    decoder = expect("decoder", config.decoder, StackConfig)
+    positions = expect("positions", decoder.positions, Learned)
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), decoder.dropout)
     last = config.vocab_size - 1
     return {
@@ -100,29 +94,17 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
     layer = "{base}h.{layer}"
-    # Their Conv1D has inputs first, and queries, keys and values behind one another.
-    fused = [
-        rule
-        for index, part in enumerate(("query", "key", "value"))
-        for rule in (
-            Rule(
-                f"decoder/layers/self_attention/{part}/kernel",
-                f"{layer}.attn.c_attn.weight",
-                f"embed heads kv -> embed ({index}/3 heads kv)",
-            ),
-            Rule(
-                f"decoder/layers/self_attention/{part}/bias",
-                f"{layer}.attn.c_attn.bias",
-                f"heads kv -> ({index}/3 heads kv)",
-            ),
-        )
-    ]
     out = "decoder/layers/self_attention/out"
     return (
         Rule("token_embedding/embedding", "{base}wte.weight", aliases=("lm_head.weight",)),
         Rule("decoder/position_embedding/embedding", "{base}wpe.weight"),
         *norm("decoder/layers/self_attention_norm", f"{layer}.ln_1"),
-        *fused,
+        # Their Conv1D has inputs first, and queries, keys and values behind one another.
+        *fused(
+            "decoder/layers/self_attention",
+            f"{layer}.attn.c_attn",
+            "embed heads kv -> embed ({part} heads kv)",
+        ),
         Rule(f"{out}/kernel", f"{layer}.attn.c_proj.weight", "heads kv embed -> (heads kv) embed"),
         Rule(f"{out}/bias", f"{layer}.attn.c_proj.bias"),
         *norm("decoder/layers/mlp_norm", f"{layer}.ln_2"),

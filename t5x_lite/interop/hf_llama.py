@@ -17,12 +17,11 @@ from t5x_lite.interop.name_maps import (
 )
 from t5x_lite.interop.settings import (
     class_of,
-    decoder_alone,
     decoder_head,
+    expect,
     is_tied,
     read_activation,
     refuse,
-    require,
     write_activation,
 )
 from t5x_lite.models.config import ModelConfig, StackConfig
@@ -86,8 +85,11 @@ def _read(settings: Settings, tensors: Tensors) -> ModelConfig:
     )
 
 
-def read_rotary(settings: Settings) -> Rotary:
-    """Rotary positions of settings as transformers 4 writes them, and as 5 does."""
+def read_rotary(settings: Settings, fraction: float = 1.0) -> Rotary:
+    """Rotary positions of settings as transformers 4 writes them, and as 5 does.
+
+    `fraction` of a head's dimensions turn, where no setting says how many.
+    """
     rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
     base = rope.get("rope_theta") or settings.get("rope_theta") or 10000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -114,7 +116,7 @@ def read_rotary(settings: Settings) -> Rotary:
                 f"config.json has rotary positions of type '{kind}'; known: default, linear, "
                 "dynamic, llama3, yarn"
             )
-    return Rotary(base=base, fraction=rope.get("partial_rotary_factor", 1.0), scaling=scaling)
+    return Rotary(base=base, fraction=rope.get("partial_rotary_factor", fraction), scaling=scaling)
 
 
 def _read_yarn(rope: Settings, length: int) -> YarnScaling:
@@ -171,10 +173,8 @@ def write_rotary(positions: Rotary) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    decoder = decoder_alone(config)
-    positions = decoder.positions
-    require(isinstance(positions, Rotary), "it has rotary positions")
-    assert isinstance(positions, Rotary)
+    decoder = expect("decoder", config.decoder, StackConfig)
+    positions = expect("positions", decoder.positions, Rotary)
     return {
         **class_of(config, "Llama", "ForCausalLM"),
         **write_rotary(positions),

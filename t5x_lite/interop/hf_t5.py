@@ -16,10 +16,11 @@ from t5x_lite.interop.name_maps import (
 )
 from t5x_lite.interop.settings import (
     class_of,
+    expect,
+    is_tied,
     num_labels,
     read_activation,
     refuse,
-    require,
     write_activation,
 )
 from t5x_lite.models.config import ModelConfig, StackConfig
@@ -82,20 +83,15 @@ def _head(settings: Settings, tensors: Tensors) -> Head:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    encoder, decoder = config.encoder, config.decoder
-    require(encoder is not None and decoder is not None, "it has an encoder and a decoder")
-    assert encoder is not None
-    assert decoder is not None
-    positions = encoder.positions
-    require(isinstance(positions, RelativeBias), "it has relative positions")
-    assert isinstance(positions, RelativeBias)
+    encoder = expect("encoder", config.encoder, StackConfig)
+    decoder = expect("decoder", config.decoder, StackConfig)
+    positions = expect("positions", encoder.positions, RelativeBias)
     activation, *gated = encoder.mlp_activations
     if gated:
-        require(activation != "gelu_exact", "its gated activation is not the exact GELU")
         name = "gated-" + ("gelu" if activation == "gelu" else write_activation(activation))
     else:
         name = write_activation(activation)
-    tied = not isinstance(config.head, LMHead) or config.head.tied
+    tied = is_tied(config, True)
     unscaled = isinstance(config.head, LMHead) and tied and not config.head.scaled
     return {
         **class_of(config, "T5", "ForConditionalGeneration"),

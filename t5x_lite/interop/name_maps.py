@@ -56,6 +56,21 @@ def attention(path: str, query: str, key: str, value: str, out: str) -> tuple[Ru
     )
 
 
+def fused(path: str, name: str, axes: str) -> tuple[Rule, ...]:
+    """Queries, keys and values in one tensor: `{part}` in the kernel's axes is each one's share.
+
+    Such as "embed heads kv -> (heads {part} kv) embed". Biases have the same axes but embed.
+    """
+    return tuple(
+        Rule(f"{path}/{ours}/{leaf}", f"{name}.{theirs}", described.replace("{part}", f"{index}/3"))
+        for index, ours in enumerate(("query", "key", "value"))
+        for leaf, theirs, described in (
+            ("kernel", "weight", axes),
+            ("bias", "bias", axes.replace("embed", "")),
+        )
+    )
+
+
 def norm(path: str, name: str) -> tuple[Rule, ...]:
     """A norm's scale; its bias, where it has one."""
     return Rule(f"{path}/scale", f"{name}.weight"), Rule(f"{path}/bias", f"{name}.bias")

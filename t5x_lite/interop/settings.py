@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from t5x_lite.interop.name_maps import Settings
-from t5x_lite.models.config import ModelConfig, StackConfig
+from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import EmbeddingHead, Head, LMHead, SequenceHead, TokenHead
 from t5x_lite.types import InputError
 
+T = TypeVar("T")
 # Theirs -> ours: their "gelu" is the exact one, ours the tanh form.
 ACTIVATIONS: Final[Mapping[str, str]] = {
     "gelu": "gelu_exact",
@@ -72,17 +73,11 @@ def class_of(config: ModelConfig, prefix: str, lm_class: str) -> dict[str, Any]:
     return settings | (write_labels(labels) if labels else {})
 
 
-def require(condition: bool, what: str) -> None:
-    """Raises InputError, which `save_hf` shows beside the architecture's name, unless met."""
-    if not condition:
-        raise InputError(what)
-
-
-def decoder_alone(config: ModelConfig) -> StackConfig:
-    """The decoder of a config without an encoder; InputError for others."""
-    require(config.decoder is not None and config.encoder is None, "it is a decoder alone")
-    assert config.decoder is not None
-    return config.decoder
+def expect(what: str, value: Any, kind: type[T]) -> T:
+    """`value`, if it is of `kind`; InputError, which `save_hf` shows beside the architecture."""
+    if not isinstance(value, kind):
+        raise InputError(f"{what}={value!r}: expected {kind.__name__}")
+    return value
 
 
 def decoder_head(settings: Settings) -> Head:

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +23,19 @@ SHARED_WEIGHTS = {
 }
 
 
-def architectures() -> list[Architecture]:
-    return list(ARCHITECTURES)
+def block(language: str) -> str:
+    """The code of docs/add_a_model.md."""
+    page = (FOLDER.parents[2] / "docs" / "add_a_model.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```", page, re.S | re.M)
+    return found
+
+
+@functools.cache
+def architectures() -> tuple[Architecture, ...]:
+    """Those that the library knows, and the one that the page adds."""
+    names: dict[str, Any] = {}
+    exec(block("python"), names)
+    return (*ARCHITECTURES, names["GPT_NEOX"])
 
 
 def directory(name: str, scratch: Path) -> Path:
