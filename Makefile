@@ -11,6 +11,26 @@ SEED ?= 0
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 TRAIN := $(BIN)/python scripts/train.py --gin.SEED=$(SEED)
 
+ifdef FAMILY
+# One family alone: bert, gpt, t5 or bart, pretrained by its own objective and asked what it is for.
+ASK_bert := In the beginning God created the <mask> and the earth.
+ASK_gpt := And it came to pass, when
+ASK_t5 := In the beginning God created the <mask> and the earth.
+ASK_bart := In the beginning God created the <mask> and the earth.
+MODE_t5 := infill
+MODE_bart := infill
+FALL_bert := 1.5
+FALL_gpt := 2.0
+FALL_t5 := 2.0
+FALL_bart := 2.0
+
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/prepare_data.py --dataset=bible_text --data_dir=data
+	$(BIN)/python scripts/train_vocab.py --gin_file=runs/demo_$(FAMILY).gin
+	$(TRAIN) --gin_file=runs/demo_$(FAMILY).gin --model_dir=runs/demo_$(FAMILY)
+	$(BIN)/python scripts/demo_report.py --folder=runs/demo_$(FAMILY) --fall=$(FALL_$(FAMILY))
+	echo "$(ASK_$(FAMILY))" | $(BIN)/python scripts/infer.py --model_dir=runs/demo_$(FAMILY) $(addprefix --mode=,$(MODE_$(FAMILY)))
+else
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/prepare_data.py --dataset=bible_text --data_dir=data
 	$(BIN)/python scripts/prepare_data.py --dataset=kjv_to_bbe --data_dir=data
@@ -21,8 +41,10 @@ demo: $(VENV)/.demo
 	$(TRAIN) --gin_file=runs/demo_full.gin --model_dir=$(DEMO)/full --gin.PRETRAINED=$(DEMO)/pretrained
 	$(BIN)/python scripts/demo_report.py --folder=$(DEMO)
 
+endif
+
 clean-demo:
-	rm -rf $(DEMO)
+	rm -rf $(DEMO) $(addprefix runs/demo_,bert gpt t5 bart)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -10,12 +10,88 @@ import numpy as np
 from t5x_lite import types
 from t5x_lite.models import transformer
 from t5x_lite.models.config import ModelConfig, StackConfig
-from t5x_lite.models.config_heads import LMHead
+from t5x_lite.models.config_heads import LMHead, SequenceHead
+from t5x_lite.models.config_positions import Learned, Rotary
 
 STACK = StackConfig(num_layers=2, num_heads=4, head_dim=8, mlp_dim=64)
 T5 = ModelConfig(vocab_size=96, embed_dim=32, encoder=STACK, decoder=STACK)
 GPT = ModelConfig(vocab_size=96, embed_dim=32, decoder=STACK)
 BERT = ModelConfig(vocab_size=96, embed_dim=32, encoder=STACK, head=LMHead(tied=True, scaled=True))
+
+
+def family(**changes) -> StackConfig:
+    """`STACK` without what is T5's alone."""
+    return dataclasses.replace(STACK, attention_scale=None, **changes)
+
+
+ALL_BIASES = ("query", "key", "value", "out", "wi", "wo")
+_POST = family(
+    residual="post",
+    norm="layer",
+    norm_epsilon=1e-5,
+    biases=ALL_BIASES,
+    mlp_activations=("gelu_exact",),
+    positions=Learned(max_length=32, offset=2),
+    embedding_norm=True,
+)
+_NEOX = family(
+    residual="parallel",
+    norm="layer",
+    biases=ALL_BIASES,
+    mlp_activations=("gelu_exact",),
+    positions=Rotary(fraction=0.5),
+)
+# One of each shape that a published family has; tests/models/test_families.py runs them all.
+FAMILIES = {
+    "t5_1_0": ModelConfig(
+        vocab_size=96,
+        embed_dim=32,
+        encoder=dataclasses.replace(STACK, mlp_activations=("relu",)),
+        decoder=dataclasses.replace(STACK, mlp_activations=("relu",)),
+        head=LMHead(tied=True, scaled=True),
+    ),
+    "bert": ModelConfig(
+        vocab_size=96,
+        embed_dim=32,
+        encoder=dataclasses.replace(_POST, num_token_types=2),
+        head=LMHead(tied=True, bias=True, transform="gelu_exact"),
+        pair_head=SequenceHead(num_labels=2),
+        initializer_stddev=0.02,
+    ),
+    "gpt2": ModelConfig(
+        vocab_size=96,
+        embed_dim=32,
+        decoder=family(
+            norm="layer",
+            norm_epsilon=1e-5,
+            biases=ALL_BIASES,
+            mlp_activations=("gelu",),
+            positions=Learned(max_length=32),
+        ),
+        head=LMHead(tied=True),
+        initializer_stddev=0.02,
+    ),
+    "llama": ModelConfig(
+        vocab_size=96,
+        embed_dim=32,
+        decoder=family(
+            num_kv_heads=2,
+            norm_epsilon=1e-5,
+            mlp_activations=("silu", "linear"),
+            positions=Rotary(),
+        ),
+        initializer_stddev=0.02,
+    ),
+    "neox": ModelConfig(vocab_size=96, embed_dim=32, decoder=_NEOX, initializer_stddev=0.02),
+    "bart": ModelConfig(
+        vocab_size=96,
+        embed_dim=32,
+        encoder=_POST,
+        decoder=_POST,
+        head=LMHead(tied=True, bias=True),
+        initializer_stddev=0.02,
+    ),
+}
 
 
 def with_stacks(config: ModelConfig, **changes) -> ModelConfig:

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from t5x_lite.data.objectives import append_eos
+from t5x_lite.data.objectives.base import append_eos
 from t5x_lite.data.sources import RandomAccess
 from t5x_lite.data.tasks import Chunks, Task
 

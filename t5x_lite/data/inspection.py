@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from t5x_lite import types
-from t5x_lite.data.packing import efficiency
+from t5x_lite.data.packing import efficiency, stream_of
 from t5x_lite.data.pipeline import ALL_ROWS, Batches, EvaluationBatches
 from t5x_lite.data.tasks import Task
 from t5x_lite.data.vocabularies import Vocabulary
@@ -25,7 +25,10 @@ def describe(
                                 "positions": [...], "weights": [...]}},
                "segments": [{"segment": 1, "text": {key: "decoded text"}}, ...]}, ...]}
 
-    `weights` stands with the stream's targets alone. Padding at a row's end is left out.
+    `weights` stands with the stream's targets alone. Padding at a row's end is left out. Masked
+    slots are under `masked_target_tokens`: `positions` are their places in the row, `inputs` the
+    pieces that the model sees there, and the text is their pieces. The label of a pair of texts,
+    asked for at bos, is the piece `<label 0>` or `<label 1>`.
     """
     batch = batches.batch(step, rows)
     vocabulary = batches.task.vocabulary
@@ -51,26 +54,77 @@ def describe_row(row: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> dict[
     tokens: dict[str, dict[str, list[Any]]] = {}
     texts: dict[int, dict[str, str]] = {}
     for key in token_keys:
-        stream = key.split("_")[0]
-        segments = row[f"{stream}_segment_ids"]
-        used = int(np.flatnonzero(segments).max(initial=-1)) + 1
-        ids = row[key][:used].tolist()
-        shown: dict[str, list[Any]] = {
-            "ids": ids,
-            "pieces": [vocabulary.piece(token) for token in ids],
-            "segments": segments[:used].tolist(),
-            "positions": row[f"{stream}_positions"][:used].tolist(),
-        }
-        if key == types.DECODER_TARGET_TOKENS:
-            shown["weights"] = row[types.DECODER_LOSS_WEIGHTS][:used].tolist()
-        tokens[key] = shown
-        for segment in range(1, int(segments.max(initial=0)) + 1):
-            text = vocabulary.decode(row[key][segments == segment])
+        if key == types.MASKED_TARGET_TOKENS:
+            tokens[key], by_segment = _slots(row, vocabulary)
+        else:
+            tokens[key], by_segment = _stream(row, key, vocabulary)
+        for segment, text in by_segment.items():
             texts.setdefault(segment, {})[key] = text
     return {
         "tokens": tokens,
         "segments": [{"segment": s, "text": text} for s, text in sorted(texts.items())],
     }
+
+
+def _stream(
+    row: Mapping[str, np.ndarray], key: str, vocabulary: Vocabulary
+) -> tuple[dict[str, list[Any]], dict[int, str]]:
+    """A stream's columns, and its text by segment."""
+    stream = stream_of(key)
+    segments = row[f"{stream}_segment_ids"]
+    used = int(np.flatnonzero(segments).max(initial=-1)) + 1
+    ids = row[key][:used].tolist()
+    shown: dict[str, list[Any]] = {
+        "ids": ids,
+        "pieces": [vocabulary.piece(token) for token in ids],
+        "segments": segments[:used].tolist(),
+        "positions": row[f"{stream}_positions"][:used].tolist(),
+    }
+    if key == types.DECODER_TARGET_TOKENS:
+        shown["weights"] = row[types.DECODER_LOSS_WEIGHTS][:used].tolist()
+    for extra, kind in ((types.DECODER_PREFIX, "prefix"), (types.ENCODER_TOKEN_TYPES, "types")):
+        if extra in row and stream_of(extra) == stream:
+            shown[kind] = row[extra][:used].tolist()
+    numbers = range(1, int(segments.max(initial=0)) + 1)
+    return shown, {s: whole_text(row[key][segments == s], vocabulary) for s in numbers}
+
+
+def _slots(
+    row: Mapping[str, np.ndarray], vocabulary: Vocabulary
+) -> tuple[dict[str, list[Any]], dict[int, str]]:
+    """The used slots' columns, and the pieces asked for by segment."""
+    used = int(np.flatnonzero(row[types.MASKED_LOSS_WEIGHTS]).max(initial=-1)) + 1
+    places = row[types.MASKED_POSITIONS][:used]
+    ids = row[types.MASKED_TARGET_TOKENS][:used].tolist()
+    seen = row[types.ENCODER_INPUT_TOKENS][places].tolist()
+    pieces = [
+        f"<label {token}>" if there == vocabulary.bos_id else vocabulary.piece(token)
+        for token, there in zip(ids, seen, strict=True)
+    ]
+    segments = row[types.ENCODER_SEGMENT_IDS][places].tolist()
+    shown: dict[str, list[Any]] = {
+        "ids": ids,
+        "pieces": pieces,
+        "inputs": [vocabulary.piece(token) for token in seen],
+        "segments": segments,
+        "positions": places.tolist(),
+        "weights": row[types.MASKED_LOSS_WEIGHTS][:used].tolist(),
+    }
+    texts: dict[int, str] = {}
+    for segment, piece in zip(segments, pieces, strict=True):
+        texts[segment] = f"{texts[segment]} {piece}" if segment in texts else piece
+    return shown, texts
+
+
+def whole_text(tokens: np.ndarray, vocabulary: Vocabulary) -> str:
+    """The text of all documents in `tokens`; decoding alone ends with the first eos.
+
+    `[bos] a b [eos] c d [eos]` -> `"a b</s>c d"`; the eos at either end isn't shown.
+    """
+    eos = vocabulary.eos_id
+    ends = np.flatnonzero(tokens == eos)
+    parts = [part[part != eos] for part in np.split(tokens, ends)]
+    return vocabulary.piece(eos).join(filter(None, map(vocabulary.decode, parts)))
 
 
 def measure(batches: Batches, windows: int = 8) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from t5x_lite import types
-from t5x_lite.data.objectives import Example
+from t5x_lite.data.objectives.base import Example
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,10 +39,10 @@ def shift_right(tokens: np.ndarray, start_id: int = 0) -> np.ndarray:
 
 @layout(needs=("inputs", "targets"), streams=("encoder", "decoder"))
 def as_encoder_decoder(example: Example, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """The encoder reads the inputs; the decoder writes the targets, starting from padding (T5).
+    """The encoder reads the inputs; the decoder writes the targets, starting from `start_id`.
 
         inputs   5 6 1                  encoder_input_tokens   5 6 1
-        targets  7 8 1                  decoder_input_tokens   0 7 8
+        targets  7 8 1                  decoder_input_tokens   0 7 8    T5 starts from padding
                                         decoder_target_tokens  7 8 1
                                         decoder_loss_weights   1 1 1    float32
 
@@ -55,9 +55,96 @@ def as_encoder_decoder(example: Example, lengths: Mapping[str, int]) -> dict[str
     _check_length("decoder", targets, lengths)
     return {
         types.ENCODER_INPUT_TOKENS: inputs,
-        types.DECODER_INPUT_TOKENS: shift_right(targets),
+        types.DECODER_INPUT_TOKENS: shift_right(targets, example.start_id),
         types.DECODER_TARGET_TOKENS: targets,
         types.DECODER_LOSS_WEIGHTS: np.ones(len(targets), dtype=np.float32),
+    }
+
+
+@layout(needs=("inputs", "masked_positions", "masked_targets"), streams=("encoder", "masked"))
+def as_encoder(example: Example, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """The encoder reads the inputs, and the head predicts at the masked places alone.
+
+        inputs            101 5 103 7 102     encoder_input_tokens  101 5 103 7 102
+        masked_positions  2                   masked_positions      2
+        masked_targets    6                   masked_target_tokens  6
+                                              masked_loss_weights   1    float32
+
+    With token types, `encoder_token_types` besides. Raises InputError for a stream longer than
+    `lengths[stream]`.
+    """
+    inputs, positions, targets = example.inputs, example.masked_positions, example.masked_targets
+    assert inputs is not None, "a Task checks that the objective makes inputs"
+    assert positions is not None, "a Task checks that the objective makes masked_positions"
+    assert targets is not None, "a Task checks that the objective makes masked_targets"
+    _check_length("encoder", inputs, lengths)
+    _check_length("masked", targets, lengths)
+    streams = {types.ENCODER_INPUT_TOKENS: inputs}
+    if example.token_types is not None:
+        streams[types.ENCODER_TOKEN_TYPES] = example.token_types
+    return {
+        **streams,
+        types.MASKED_POSITIONS: positions,
+        types.MASKED_TARGET_TOKENS: targets,
+        types.MASKED_LOSS_WEIGHTS: np.ones(len(targets), dtype=np.float32),
+    }
+
+
+@layout(needs=("targets",), streams=("decoder",))
+def as_decoder(example: Example, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """A decoder alone writes the targets; inputs, if there are any, stand before them unweighted.
+
+        inputs   5 6 1                  decoder_input_tokens   0 5 6 1 7 8
+        targets  7 8 1                  decoder_target_tokens  5 6 1 7 8 1
+                                        decoder_loss_weights   0 0 0 1 1 1    float32
+
+    Targets without inputs that are one token too long lose their eos: `CausalLM` fills the row.
+    Raises InputError for rows longer than `lengths["decoder"]`.
+    """
+    targets = example.targets
+    assert targets is not None, "a Task checks that the objective makes targets"
+    if example.inputs is None and len(targets) == lengths["decoder"] + 1:
+        targets = targets[:-1]
+    return _row(example.inputs, targets, example.start_id, lengths)
+
+
+@layout(needs=("inputs", "targets"), streams=("decoder",))
+def as_prefix_lm(example: Example, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """A decoder alone reads the inputs in both directions, and writes the targets after them.
+
+        inputs   5 6 1                  decoder_input_tokens   0 5 6 1 7 8
+        targets  7 8 1                  decoder_target_tokens  5 6 1 7 8 1
+                                        decoder_loss_weights   0 0 0 1 1 1    float32
+                                        decoder_prefix         1 1 1 1 0 0    int32
+
+    Raises InputError for rows longer than `lengths["decoder"]`.
+    """
+    inputs, targets = example.inputs, example.targets
+    assert inputs is not None, "a Task checks that the objective makes inputs"
+    assert targets is not None, "a Task checks that the objective makes targets"
+    row = _row(inputs, targets, example.start_id, lengths)
+    prefix: np.ndarray = np.zeros(len(row[types.DECODER_INPUT_TOKENS]), dtype=np.int32)
+    # The start, and the inputs one place to the right: the last of them predicts the first target.
+    prefix[: len(prefix) - len(targets) + 1] = 1
+    return {**row, types.DECODER_PREFIX: prefix}
+
+
+def _row(
+    inputs: np.ndarray | None, targets: np.ndarray, start_id: int, lengths: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """Inputs and targets in one row of the decoder."""
+    if inputs is None:
+        inputs = targets[:0]
+    elif len(inputs) and inputs[0] == start_id:
+        inputs = inputs[1:]  # the row starts with it anyway
+    row = np.concatenate([inputs, targets])
+    _check_length("decoder", row, lengths)
+    weights: np.ndarray = np.zeros(len(row), dtype=np.float32)
+    weights[len(inputs) :] = 1.0
+    return {
+        types.DECODER_INPUT_TOKENS: shift_right(row, start_id),
+        types.DECODER_TARGET_TOKENS: row,
+        types.DECODER_LOSS_WEIGHTS: weights,
     }
 
 

@@ -12,7 +12,9 @@ of one or two percent is the usual price. Packed examples that find no room are 
 (`Window.dropped`); since windows are shuffled anew each epoch, they differ from epoch to epoch.
 
 Every assembly writes segment ids (from 1; 0 is padding) and positions (from 0 in each segment), so
-that a model sees the same keys whichever made the batch.
+that a model sees the same keys whichever made the batch. Masked slots are a stream with room of its
+own, but without these: `masked_positions` says where in the row each points, so that an example's
+are moved with its tokens. Unused slots point to 0, with weight 0.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from typing import Protocol
 
 import numpy as np
 
-from t5x_lite.types import FLOAT_KEYS, InputError
+from t5x_lite.types import (
+    ENCODER_INPUT_TOKENS,
+    FLOAT_KEYS,
+    MASKED_LOSS_WEIGHTS,
+    MASKED_POSITIONS,
+    InputError,
+)
+
+_SLOTS = "masked"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,6 +134,8 @@ def empty_rows(keys: Sequence[str], rows: int, lengths: Mapping[str, int]) -> di
         shape = (rows, lengths[stream_of(key)])
         result[key] = np.zeros(shape, np.float32 if key in FLOAT_KEYS else np.int32)
     for stream in dict.fromkeys(map(stream_of, keys)):
+        if stream == _SLOTS:
+            continue
         for name in ("segment_ids", "positions"):
             result[f"{stream}_{name}"] = np.zeros((rows, lengths[stream]), np.int32)
     return result
@@ -148,22 +160,29 @@ def place(
             stream = stream_of(key)
             size[stream] = len(values)
             start = used[row][stream]
+            if key == MASKED_POSITIONS:
+                values = values + used[row][stream_of(ENCODER_INPUT_TOKENS)]
             result[key][row, start : start + len(values)] = values
         for stream, length in size.items():
             start = used[row][stream]
+            used[row][stream] += length
+            if stream == _SLOTS:
+                continue
             result[f"{stream}_segment_ids"][row, start : start + length] = segments[row]
             result[f"{stream}_positions"][row, start : start + length] = np.arange(length)
-            used[row][stream] += length
     placed = sum(segments)
     return Window(result, placed=placed, dropped=len(examples) - placed)
 
 
 def efficiency(batch: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The share of positions that hold a token, by stream: `{"encoder": 0.97, "decoder": 0.9}`."""
+    """The share of positions that hold a token, by stream: `{"encoder": 0.97, "decoder": 0.9}`.
+
+    Of masked slots, the share that is used.
+    """
     return {
         stream_of(key): float((value > 0).mean())
         for key, value in batch.items()
-        if key.endswith("_segment_ids")
+        if key.endswith("_segment_ids") or key == MASKED_LOSS_WEIGHTS
     }
 
 

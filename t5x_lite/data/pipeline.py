@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from t5x_lite.data.examples import Cache, TrainingExamples, derived_seed, keyed_rng
+from t5x_lite.data.objectives.base import as_text
 from t5x_lite.data.packing import Assembly, Pad, Window
 from t5x_lite.data.tasks import Mixture, Task, assign
 from t5x_lite.types import InputError, check_batch
@@ -53,6 +54,12 @@ class Batches:
 
     def __post_init__(self) -> None:
         _check_batch_size(self.batch_size)
+        for task in self.task.tasks:
+            if self.assembly.window > 1 and getattr(task.objective, "one_a_row", False):
+                raise InputError(
+                    f"task '{task.name}': {type(task.objective).__name__} has its label in a row's "
+                    "first slot, so that a row holds one example: set assembly to Pad()"
+                )
         _ = self._members
 
     def __getstate__(self) -> dict[str, Any]:
@@ -223,18 +230,15 @@ class EvaluationBatches:
         """The records behind the real rows of batch `step`, for generate-and-score evaluation.
 
         Their fields after the preprocessors: `inputs` and `targets` of a text-to-text task. With
-        Chunks, the decoded inputs and targets instead.
+        Chunks, the decoded inputs and targets instead (see `objectives.as_text`).
         """
         start, stop = _bounds(rows, self.batch_size)
         first, last = step * self.batch_size + start, step * self.batch_size + stop
         indices = range(first, min(last, self.num_examples))
         if self._pieces is None:
             return [self.task.record(self._records[i]) for i in indices]
-        decode = self.task.vocabulary.decode
         examples = [self.task.objective(self._pieces[i], rng=self._rng(i)) for i in indices]
-        return [
-            {name: decode(getattr(e, name)) for name in self.task.objective.makes} for e in examples
-        ]
+        return [as_text(example, self.task.vocabulary) for example in examples]
 
     def _rng(self, index: int) -> np.random.Generator:
         return keyed_rng(self.seed, index)

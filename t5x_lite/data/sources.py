@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import re
@@ -53,6 +54,56 @@ def texts(source: Source, split: str = "train", fields: Iterable[str] = ("text",
                     + ", ".join(record)
                 )
             yield record[field]
+
+
+# --- pairs ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedSource:
+    """Adds another record's text to each record: `{"text": ...}` -> `{"text": ..., "other": ...}`.
+
+    Which one depends on (seed, index) alone; it is never the record itself, and all others are
+    equally likely. For `NextSentencePairs`. Raises InputError for a split of a single record.
+    """
+
+    source: Source
+    field: str = "text"  # the other record's field
+    name: str = "other"  # under this name
+    seed: int = 0
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return self.source.splits
+
+    def open(self, split: str) -> RandomAccess:
+        records = self.source.open(split)
+        if len(records) < 2:
+            raise InputError(
+                f"split '{split}' has {len(records)} records: PairedSource takes the other text "
+                "from another one; expected 2 or more"
+            )
+        return _Paired(records, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Paired:
+    records: RandomAccess
+    config: PairedSource
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        record, config = self.records[index], self.config
+        digest = hashlib.sha256(f"other/{config.seed}/{index}".encode()).digest()
+        away = 1 + int.from_bytes(digest[:8], "big") % (len(self) - 1)
+        other = self.records[(index + away) % len(self)]
+        if config.field not in other:
+            raise InputError(
+                f"PairedSource.field is '{config.field}', but the record has {', '.join(other)}"
+            )
+        return {**record, config.name: other[config.field]}
 
 
 # --- text ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from t5x_lite.data.layouts import as_encoder_decoder
-from t5x_lite.data.objectives import Objective
+from t5x_lite.data.objectives.base import Objective
 from t5x_lite.data.sources import RandomAccess, Record, Source
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.types import InputError
@@ -258,13 +258,14 @@ class Mixture:
                 "vocabulary": task.fingerprint == first.fingerprint,
                 "lengths": dict(task.lengths) == dict(first.lengths),
                 "layout": task.layout is first.layout,
+                "token types": _has_token_types(task) == _has_token_types(first),
                 "name (they must differ)": task.name != first.name,
             }
             for what, holds in same.items():
                 if not holds:
                     raise InputError(
                         f"mixture '{self.name}': task '{task.name}' can't join '{first.name}' "
-                        f"because of its {what}; they share vocabulary, lengths and layout"
+                        f"because of its {what}; they share vocabulary, lengths, layout and streams"
                     )
         if len({task.name for task in self.tasks}) < len(self.tasks):
             raise InputError(f"mixture '{self.name}' has two tasks of one name: rename one")
@@ -294,6 +295,10 @@ class Mixture:
         """Whole numbers in the ratio of the rates, for tasks with so many examples."""
         rates: Any = self.rates
         return whole_ratio([rate or Fraction(1, 10**9) for rate in rates(sizes)])
+
+
+def _has_token_types(task: Task) -> bool:
+    return "token_types" in task.objective.makes
 
 
 def whole_ratio(rates: Sequence[Fraction]) -> tuple[int, ...]:

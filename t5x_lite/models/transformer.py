@@ -108,7 +108,8 @@ class Transformer(nn.Module):
 
         Args:
           batch: as for the call, unpacked; `decoder_input_tokens [b, n]` are the first n tokens.
-            Shorter prompts have padding on the left, with `decoder_segment_ids` 0.
+            Shorter prompts have padding on the left, with `decoder_segment_ids` 0. Places with
+            `decoder_prefix` are seen from everywhere in the prompt.
           capacity: how many decoder tokens the cache holds, n included.
 
         Returns:
@@ -126,9 +127,12 @@ class Transformer(nn.Module):
         segments = batch.get(types.DECODER_SEGMENT_IDS)
         real = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
         positions = jnp.maximum(jnp.cumsum(real > 0, axis=1, dtype=jnp.int32) - 1, 0)
+        prefix = batch.get(types.DECODER_PREFIX)
+        room = ((0, 0), (0, capacity - tokens.shape[1]))
         if segments is not None:
-            room = ((0, 0), (0, capacity - tokens.shape[1]))
             segments = jnp.pad(segments, room, constant_values=1)
+        if prefix is not None:
+            prefix = jnp.pad(prefix, room)
         cache = Cache(
             LayerCache((empty, empty)),
             index=jnp.int32(0),
@@ -136,7 +140,7 @@ class Transformer(nn.Module):
             segment_ids=segments,
             memory_segment_ids=memory_segments,
         )
-        x, cache = self._decode(tokens, cache, memory, positions)
+        x, cache = self._decode(tokens, cache, memory, positions, prefix)
         return self._answer(x, batch), cache
 
     def extend(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -146,13 +150,18 @@ class Transformer(nn.Module):
         return self._answer(x, {}), cache
 
     def _decode(
-        self, tokens: Array, cache: Cache, memory: Array | None, positions: Array
+        self,
+        tokens: Array,
+        cache: Cache,
+        memory: Array | None,
+        positions: Array,
+        prefix: Array | None = None,
     ) -> tuple[Array, Cache]:
         # Unpacked rows hold one segment, numbered 1; what a padding token sees does not matter.
         ones = jnp.ones(tokens.shape, jnp.int32)
-        visibility = memory_visibility = Visibility()
+        visibility, memory_visibility = Visibility(key_prefix=prefix), Visibility()
         if cache.segment_ids is not None:
-            visibility = Visibility(ones, cache.segment_ids)
+            visibility = Visibility(ones, cache.segment_ids, key_prefix=prefix)
         if cache.memory_segment_ids is not None:
             memory_visibility = Visibility(ones, cache.memory_segment_ids)
         x, written = self.decoder(

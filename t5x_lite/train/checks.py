@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from t5x_lite.data.pipeline import Batches
+from t5x_lite.data.tasks import Mixture, Task
 from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.config_positions import Learned
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
 from t5x_lite.train.checkpoint import CheckpointPolicy, find_step
@@ -61,15 +64,35 @@ def check_parts(
             raise InputError(
                 f"evaluation '{evaluation.name}' has another vocabulary than the training task"
             )
-    streams = batches.task.lengths
-    for name in ("encoder", "decoder"):
-        if (getattr(model, name) is None) != (name not in streams):
-            raise InputError(
-                f"the model {'has no' if getattr(model, name) is None else 'has an'} {name}, but "
-                f"task '{batches.task.name}' makes streams for: {', '.join(streams)}"
-            )
+    check_streams(model, batches.task)
     steps.check_trainable_batch(batches.batch(0, slice(0, 1)))
     _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
+
+
+def check_streams(model: ModelConfig, task: Task | Mixture) -> None:
+    """Raises InputError unless the task's streams are those that the model reads and answers at."""
+    for name in ("encoder", "decoder"):
+        stack = getattr(model, name)
+        if (stack is None) != (name not in task.lengths):
+            raise InputError(
+                f"the model {'has no' if stack is None else 'has an'} {name}, but "
+                f"task '{task.name}' makes streams for: {', '.join(task.lengths)}"
+            )
+        if stack is None or not isinstance(stack.positions, Learned):
+            continue
+        if task.lengths[name] > stack.positions.max_length:
+            raise InputError(
+                f"task '{task.name}' makes rows of {task.lengths[name]} {name} tokens, but the "
+                f"model learns {stack.positions.max_length} positions: shorten the rows, or raise "
+                "Learned.max_length (a pretrained model's is fixed)"
+            )
+    pairs = any(getattr(one.objective, "one_a_row", False) for one in task.tasks)
+    if pairs != (model.pair_head is not None):
+        raise InputError(
+            f"task '{task.name}' {'asks' if pairs else 'does not ask'} whether two texts follow "
+            f"one another, but the model has {'no' if pairs else 'a'} ModelConfig.pair_head: "
+            "NextSentencePairs goes with models/pair_head.gin, and nothing else does"
+        )
 
 
 def find_resumed(model_dir: str, run: runs.Run) -> runs.Run | None:

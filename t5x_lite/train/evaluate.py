@@ -14,6 +14,7 @@ import numpy as np
 
 from t5x_lite import types
 from t5x_lite.data.pipeline import EvaluationBatches, iterate
+from t5x_lite.decode import prompts
 from t5x_lite.decode.greedy import greedy
 from t5x_lite.train.session import Session
 from t5x_lite.train.step import eval_step
@@ -63,17 +64,26 @@ class Evaluator:
         replicated = session.partitioner.replicated
 
         def decode(
-            params: Params, frozen: Params, batch: types.Batch, max_tokens: int, eos: int, pad: int
+            params: Params, frozen: Params, batch: types.Batch, max_tokens: int, ids: tuple
         ) -> types.Array:
-            merged = transform.apply(params, frozen)
-            return greedy(model, merged, batch, max_tokens=max_tokens, eos_id=eos, pad_id=pad)
+            merged, prompt = transform.apply(params, frozen), prompts.of_batch(batch)
+            eos, pad, start = ids
+            return greedy(
+                model,
+                merged,
+                prompt,
+                max_tokens=max_tokens,
+                eos_id=eos,
+                pad_id=pad,
+                start_id=start,
+            )
 
         self._score = jax.jit(
             functools.partial(eval_step, model=model, transform=transform),
             out_shardings=replicated,
         )
         # Replicated, so that every process can read every row.
-        self._decode = jax.jit(decode, static_argnums=(3, 4, 5), out_shardings=replicated)
+        self._decode = jax.jit(decode, static_argnums=(3, 4), out_shardings=replicated)
 
     def run(
         self,
@@ -127,12 +137,8 @@ class Evaluator:
         decoded: list[jax.Array] = []
         with self.session.partitioner.activate():
             for batch in self._batches(evaluation.batches):
-                inputs = {
-                    key: batch[key]
-                    for key in (types.ENCODER_INPUT_TOKENS, types.ENCODER_SEGMENT_IDS)
-                }
-                args = (evaluation.max_tokens, vocabulary.eos_id, vocabulary.pad_id)
-                decoded.append(self._decode(params, frozen, inputs, *args))
+                ids = (vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id)
+                decoded.append(self._decode(params, frozen, batch, evaluation.max_tokens, ids))
         records: list[dict[str, Any]] = []
         for step, tokens in enumerate(jax.device_get(decoded)):
             real = evaluation.batches.records(step)

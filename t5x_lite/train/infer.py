@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -16,8 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from t5x_lite import types
-from t5x_lite.decode.greedy import greedy
+from t5x_lite.decode import modes
+from t5x_lite.models.transformer import Transformer
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import run as runs
 from t5x_lite.types import InputError
@@ -28,14 +27,16 @@ def infer(
     model_dir: str,
     input: str = "-",
     output: str = "-",
+    mode: modes.Name | None = None,
     prefix: str = "",
     step: int | None = None,
     batch_size: int = 32,
     max_input_tokens: int = 128,
     max_tokens: int = 64,
+    candidates: int = 5,
     partitioner: Partitioner = Partitioner(),
 ) -> int:
-    """Decodes greedily for each input, and writes `{"inputs": ..., "prediction": ...}` lines.
+    """Asks the model about each input, and writes `{"inputs": ..., "prediction": ...}` lines.
 
     Started again on a half-written output file, it goes on behind the last whole line.
 
@@ -44,48 +45,41 @@ def infer(
       input: a text file (one input a line), a `.jsonl` file (its field `inputs`), or `-` for
         standard input.
       output: a `.jsonl` file, or `-` for standard output.
+      mode: "generate" (an answer or a continuation, by greedy decoding), "fill_mask" (an encoder's
+        candidates for each `<mask>`), "infill" (the text with its `<mask>` filled); None: what the
+        model is for.
       prefix: put before every input, as the task did in training.
       step: the checkpoint; None: the latest.
       batch_size: inputs decoded together; the last batch is filled up.
       max_input_tokens: longer inputs are an error, with their line.
       max_tokens: the most new tokens.
+      candidates: how many tokens fill_mask names for each mask.
       partitioner: the mesh.
 
     Returns:
       How many predictions were written.
     """
     run = runs.Run.read(model_dir)
-    if run.model.encoder is None or run.model.decoder is None:
-        raise InputError(f"'{model_dir}' has no encoder-decoder model: infer needs one")
+    kind = modes.choose(run.model, mode)
+    modes.check_lengths(run.model, max_input_tokens, max_tokens)
     partitioner.check_batch_size(batch_size)
     done = _finished_lines(output)
     texts = list(itertools.islice(_read(input), done, None))
-    vocabulary = run.vocabulary
+    model = Transformer(run.model)
+    asked = kind(model, run.vocabulary, max_input_tokens, max_tokens, candidates)
     encoded = []
     for number, text in enumerate(texts, start=done + 1):
-        ids: np.ndarray = np.append(vocabulary.encode(prefix + text), vocabulary.eos_id).astype(
-            np.int32
-        )
-        if len(ids) > max_input_tokens:
-            raise InputError(
-                f"input {number} has {len(ids)} tokens with its prefix and eos, more than "
-                f"infer.max_input_tokens={max_input_tokens}: raise that, or shorten the input"
-            )
-        encoded.append(ids)
+        try:
+            encoded.append(asked.encode(prefix + text))
+        except InputError as error:
+            raise InputError(f"input {number}: {error}") from error
     session, trainable, frozen = runs.load(runs.RunCheckpoint(model_dir, step), partitioner)
-    decode = jax.jit(
-        functools.partial(
-            greedy,
-            session.model,
-            max_tokens=max_tokens,
-            eos_id=vocabulary.eos_id,
-            pad_id=vocabulary.pad_id,
-        ),
-        out_shardings=partitioner.replicated,
-    )
+    ask = modes.program(asked, partitioner.replicated)
     params = session.transform.apply(trainable, frozen)
     quiet = jax.process_index() != 0
     console = Console(file=sys.stderr)
+    rows = partitioner.local_rows(batch_size)
+    nothing: np.ndarray = np.zeros(0, np.int32)
     with (
         partitioner.activate(),
         _open_output(output, done, quiet) as file,
@@ -93,21 +87,13 @@ def infer(
     ):
         for start in progress.track(range(0, len(texts), batch_size), description="decoding"):
             part = encoded[start : start + batch_size]
-            tokens: np.ndarray = np.zeros((batch_size, max_input_tokens), np.int32)
-            segments = np.zeros_like(tokens)
-            for row, ids in enumerate(part):
-                tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-            rows = partitioner.local_rows(batch_size)
-            batch = partitioner.put_batch(
-                {
-                    types.ENCODER_INPUT_TOKENS: tokens[rows],
-                    types.ENCODER_SEGMENT_IDS: segments[rows],
-                },
-                batch_size,
-            )
-            decoded = jax.device_get(decode(params, batch))
-            for text, row in zip(texts[start:], decoded[: len(part)], strict=False):
-                record = {"inputs": text, "prediction": vocabulary.decode(row)}
+            filled = asked.rows(part + [nothing] * (batch_size - len(part)))
+            local = {key: value[rows] for key, value in filled.items()}
+            answers = jax.device_get(ask(params, partitioner.put_batch(local, batch_size)))
+            for index, ids in enumerate(part):
+                answer = jax.tree.map(lambda leaf, index=index: leaf[index], answers)
+                record = asked.record(prefix + texts[start + index], ids, answer)
+                record["inputs"] = texts[start + index]
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
     return len(texts)

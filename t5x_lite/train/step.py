@@ -41,14 +41,26 @@ class Loss:
         `denominator` divides the loss that is minimised, `weight` the metrics; `tokens` counts
         what was processed, without padding.
         """
-        weights = batch[types.DECODER_LOSS_WEIGHTS]
-        segments = batch.get(types.DECODER_SEGMENT_IDS)
+        targets, weights, segments = asked(batch)
         used, denominator = self.normalisation(weights, segments)
-        targets = batch[types.DECODER_TARGET_TOKENS]
         sums = cross_entropy(
             logits, targets, used, z_loss=self.z_loss, label_smoothing=self.label_smoothing
         )
         return {**sums, "denominator": denominator, "tokens": count_tokens(batch)}
+
+
+def asked(batch: Batch) -> tuple[Array, Array, Array | None]:
+    """What the model is asked: targets, weights, and segment ids or None, each `[rows, answers]`.
+
+    At the masked slots where the batch has them, at the decoder's tokens otherwise.
+    """
+    if types.MASKED_TARGET_TOKENS not in batch:
+        segments = batch.get(types.DECODER_SEGMENT_IDS)
+        return batch[types.DECODER_TARGET_TOKENS], batch[types.DECODER_LOSS_WEIGHTS], segments
+    segments = batch.get(types.ENCODER_SEGMENT_IDS)
+    if segments is not None:
+        segments = jnp.take_along_axis(segments, batch[types.MASKED_POSITIONS], axis=1)
+    return batch[types.MASKED_TARGET_TOKENS], batch[types.MASKED_LOSS_WEIGHTS], segments
 
 
 def count_tokens(batch: Batch) -> Array:
@@ -142,9 +154,9 @@ def eval_step(
 
 def check_trainable_batch(batch: Batch) -> None:
     """Raises InputError unless a batch has what a loss needs."""
-    for key in (types.DECODER_TARGET_TOKENS, types.DECODER_LOSS_WEIGHTS):
-        if key not in batch:
-            raise InputError(
-                f"training needs batch['{key}'], but the task's layout makes "
-                f"{', '.join(sorted(batch))}"
-            )
+    if types.MASKED_TARGET_TOKENS not in batch and types.DECODER_TARGET_TOKENS not in batch:
+        raise InputError(
+            f"training needs batch['{types.DECODER_TARGET_TOKENS}'] or "
+            f"batch['{types.MASKED_TARGET_TOKENS}'], but the task's layout makes "
+            f"{', '.join(sorted(batch))}"
+        )

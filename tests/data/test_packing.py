@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_lite.data.layouts import as_encoder_decoder
+from t5x_lite.data.layouts import as_encoder, as_encoder_decoder
 from t5x_lite.data.objectives import Example
 from t5x_lite.data.packing import Pack, Pad, efficiency, first_fit, measure_packing, sizes
 from t5x_lite.types import InputError, check_batch
@@ -17,16 +17,6 @@ def example(n: int, m: int, first: int = 3) -> dict[str, np.ndarray]:
     """Distinct tokens, so that any mix-up shows."""
     tokens = np.arange(first, first + n + m, dtype=np.int32)
     return as_encoder_decoder(Example(tokens[:n], tokens[n:]), LENGTHS)
-
-
-def test_layout_by_hand():
-    streams = as_encoder_decoder(Example(np.array([5, 6, 1]), np.array([7, 8, 1])), LENGTHS)
-    assert {k: v.tolist() for k, v in streams.items()} == {
-        "encoder_input_tokens": [5, 6, 1],
-        "decoder_input_tokens": [0, 7, 8],
-        "decoder_target_tokens": [7, 8, 1],
-        "decoder_loss_weights": [1, 1, 1],
-    }
 
 
 def test_packed_rows_by_hand():
@@ -42,6 +32,62 @@ def test_packed_rows_by_hand():
     assert rows["decoder_segment_ids"].tolist() == [[1, 2, 2, 0], [1, 1, 0, 0]]
     assert (window.placed, window.dropped) == (3, 0)
     check_batch(rows)
+
+
+SLOTS = {"encoder": 8, "masked": 3}
+
+
+def masked(*places: int, size: int, first: int = 3) -> dict[str, np.ndarray]:
+    """Distinct tokens; what is asked for at place p is 100 more than the token there."""
+    tokens = np.arange(first, first + size, dtype=np.int32)
+    at = np.array(places, np.int32)
+    return as_encoder(Example(tokens, None, at, tokens[at] + 100, tokens % 2), SLOTS)
+
+
+def test_slots_point_into_the_packed_row_by_hand():
+    examples = [masked(1, size=3), masked(0, 2, size=4, first=20), masked(1, 2, size=3, first=40)]
+    rows = Pack(window=3, rows=2)(examples, SLOTS).rows
+    assert {key: value.tolist() for key, value in rows.items()} == {
+        "encoder_input_tokens": [[3, 4, 5, 20, 21, 22, 23, 0], [40, 41, 42, 0, 0, 0, 0, 0]],
+        "encoder_token_types": [[1, 0, 1, 0, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0]],
+        "encoder_segment_ids": [[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0, 0]],
+        "encoder_positions": [[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 0, 0, 0, 0, 0]],
+        "masked_positions": [[1, 3, 5], [1, 2, 0]],
+        "masked_target_tokens": [[104, 120, 122], [141, 142, 0]],
+        "masked_loss_weights": [[1, 1, 1], [1, 1, 0]],
+    }
+    check_batch(rows)
+    assert efficiency(rows) == {"encoder": 10 / 16, "masked": 5 / 6}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 3)), min_size=1, max_size=12))
+def test_slots_point_to_their_tokens_in_any_packing(shapes):
+    rng = np.random.default_rng(len(shapes))
+    examples = [
+        masked(
+            *sorted(rng.permutation(size)[: min(slots, size)].tolist()), size=size, first=200 * i
+        )
+        for i, (size, slots) in enumerate(shapes, start=1)
+    ]
+    for assembly in (Pack(len(shapes), max(len(shapes) // 2, 1)), Pad()):
+        window = assembly(examples, SLOTS)
+        check_batch(window.rows)
+        used = window.rows["masked_loss_weights"] > 0
+        seen = np.take_along_axis(
+            window.rows["encoder_input_tokens"], window.rows["masked_positions"], axis=1
+        )
+        np.testing.assert_array_equal(window.rows["masked_target_tokens"][used], seen[used] + 100)
+        assert not window.rows["masked_positions"][~used].any()
+        assert not window.rows["masked_target_tokens"][~used].any()
+        if not window.dropped:
+            assert used.sum() == sum(len(e["masked_positions"]) for e in examples)
+
+
+def test_slots_are_room_too():
+    many, few = masked(0, 1, size=2), masked(size=2)
+    assert first_fit(sizes([many, many, few, few]), 2, SLOTS) == [0, 1, 0, 0]
+    assert Pack(3, 1)([many, many, few], SLOTS).dropped == 1
 
 
 def test_an_example_needs_room_in_both_streams_of_one_row():

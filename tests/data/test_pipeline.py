@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 import pickle
@@ -14,14 +15,29 @@ import pytest
 
 from t5x_lite.data.examples import Cache, cut, keyed_rng, shuffled
 from t5x_lite.data.inspection import describe, measure
-from t5x_lite.data.objectives import SpanCorruption, TextToText
+from t5x_lite.data.layouts import as_decoder, as_encoder, as_prefix_lm
+from t5x_lite.data.objectives import (
+    CausalLM,
+    MaskedLM,
+    NextSentencePairs,
+    PrefixLM,
+    SpanCorruption,
+    TextToText,
+)
 from t5x_lite.data.packing import Pack, Pad
 from t5x_lite.data.pipeline import Batches, EvaluationBatches, iterate
 from t5x_lite.data.preprocessors import Prefix
-from t5x_lite.data.sources import JsonlSource, TextSource, TokenFileSource, write_token_file
+from t5x_lite.data.sources import (
+    JsonlSource,
+    PairedSource,
+    TextSource,
+    TokenFileSource,
+    write_token_file,
+)
 from t5x_lite.data.tasks import Chunks, Mixture, Task
 from t5x_lite.data.vocabularies import ByteVocabulary
 from t5x_lite.types import InputError, check_batch
+from tests.data.toy import BERT, GPT
 
 BYTES = ByteVocabulary()
 LENGTHS = {"encoder": 48, "decoder": 24}
@@ -340,6 +356,138 @@ def test_describe_shows_the_batch(folder):
     assert len(row["segments"]) == batch["encoder_segment_ids"][0].max()
     assert row["segments"][0]["text"]["encoder_input_tokens"].startswith("> ")
     assert 0 < shown["efficiency"]["encoder"] <= 1
+
+
+def masked_task(folder, **changes):
+    lines = TextSource({"train": str(folder / "numbers.txt")})
+    settings = {
+        "name": "masked",
+        "source": lines,
+        "vocabulary": BERT,
+        "objective": MaskedLM(BERT),
+        "layout": as_encoder,
+        "lengths": {"encoder": 40, "masked": 8},
+    }
+    return Task(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("numbers")
+    rng = np.random.default_rng(0)
+    texts = (map(str, rng.integers(5, 280, rng.integers(4, 30))) for _ in range(40))
+    (folder / "numbers.txt").write_text("\n".join(map(" ".join, texts)))
+    return folder
+
+
+@pytest.mark.parametrize("chunk", [None, Chunks(window=10)])
+@pytest.mark.parametrize("assembly", [Pad(), Pack(10, 6)])
+def test_masked_batches_are_pure_and_their_slots_are_right(numbers, chunk, assembly):
+    batches = Batches(masked_task(numbers, chunk=chunk), batch_size=6, assembly=assembly)
+    again = pickle.loads(pickle.dumps(batches))
+    shown = []
+    for step in (5, 0, 2):
+        batch = batches.batch(step)
+        check_batch(batch, BERT.size)
+        assert set(batch) == {
+            "encoder_input_tokens",
+            "encoder_segment_ids",
+            "encoder_positions",
+            "masked_positions",
+            "masked_target_tokens",
+            "masked_loss_weights",
+        }
+        halves = [again.batch(step, slice(a, a + 3)) for a in (0, 3)]
+        assert_same({k: np.concatenate([half[k] for half in halves]) for k in batch}, batch)
+        seen = np.take_along_axis(batch["encoder_input_tokens"], batch["masked_positions"], axis=1)
+        used = batch["masked_loss_weights"] > 0
+        shown.append(seen[used])
+        assert not np.isin(batch["masked_target_tokens"][used], list(BERT.special_ids)).any()
+    assert 0.6 < np.mean(np.concatenate(shown) == BERT.mask_id) < 1
+    measured = measure(batches, windows=2)
+    assert 0 < measured["masked"] <= 1
+
+
+def test_masked_slots_are_described_and_recorded(numbers):
+    batches = Batches(masked_task(numbers), batch_size=6, assembly=Pack(10, 6))
+    batch, row = batches.batch(1), describe(batches, 1)["rows"][2]
+    slots = row["tokens"]["masked_target_tokens"]
+    used = int(batch["masked_loss_weights"][2].sum())
+    assert slots["ids"] == batch["masked_target_tokens"][2][:used].tolist()
+    assert slots["pieces"] == [str(token) for token in slots["ids"]]
+    assert slots["positions"] == batch["masked_positions"][2][:used].tolist()
+    assert slots["weights"] == [1.0] * used
+    inputs = row["tokens"]["encoder_input_tokens"]
+    for name in ("pieces", "segments"):
+        shown = slots["inputs" if name == "pieces" else name]
+        assert shown == [inputs[name][place] for place in slots["positions"]]
+    texts = [segment["text"]["masked_target_tokens"] for segment in row["segments"]]
+    assert " ".join(texts).split() == slots["pieces"]
+
+    task = masked_task(numbers, chunk=Chunks(window=10))
+    evaluation = EvaluationBatches(task, "train", batch_size=4)
+    record, example = evaluation.records(1)[2], evaluation.example(6)
+    assert record["inputs"] == BERT.decode(example["encoder_input_tokens"])
+    assert [place for place, _ in record["masked"]] == example["masked_positions"].tolist()
+    assert json.loads(json.dumps(record)) == record
+    causal = dataclasses.replace(
+        task, objective=CausalLM(BERT), layout=as_decoder, lengths={"decoder": 16}
+    )
+    records = EvaluationBatches(causal, "train").records(0)
+    assert records[0].keys() == {"targets"}
+
+
+def test_pairs_fill_a_row_each_and_are_described(numbers):
+    task = masked_task(
+        numbers,
+        source=PairedSource(TextSource({"train": str(numbers / "numbers.txt")})),
+        objective=NextSentencePairs(BERT),
+    )
+    batches = Batches(task, batch_size=20)
+    batch = batches.batch(0)
+    check_batch(batch, BERT.size)
+    assert not batch["masked_positions"][:, 0].any()
+    assert set(batch["masked_target_tokens"][:, 0].tolist()) == {0, 1}
+    assert set(np.unique(batch["encoder_token_types"])) == {0, 1}
+    row = describe(batches, 0, slice(0, 1))["rows"][0]
+    label = int(batch["masked_target_tokens"][0, 0])
+    assert row["tokens"]["masked_target_tokens"]["pieces"][0] == f"<label {label}>"
+    text = row["segments"][0]["text"]["encoder_input_tokens"]
+    assert text.count(BERT.piece(BERT.eos_id)) == 1, "both sentences are shown"
+    assert row["tokens"]["encoder_input_tokens"]["types"][0] == 0
+    with pytest.raises(InputError, match=r"a row holds one example: set assembly to Pad\(\)"):
+        Batches(task, assembly=Pack(8, 4))
+
+
+def test_token_types_are_in_all_tasks_of_a_mixture_or_in_none(numbers):
+    masked = masked_task(numbers)
+    pairs = dataclasses.replace(masked, name="pairs", objective=NextSentencePairs(BERT))
+    with pytest.raises(InputError, match="token types"):
+        Mixture(name="m", tasks=[masked, pairs], rates=[1, 1])
+
+
+def test_causal_rows_are_whole_pieces_and_prefixes_are_marked(numbers):
+    causal = masked_task(
+        numbers,
+        objective=CausalLM(GPT),
+        vocabulary=GPT,
+        layout=as_decoder,
+        lengths={"decoder": 16},
+        chunk=Chunks(window=10),
+    )
+    batch = Batches(causal, batch_size=4).batch(1)
+    assert (batch["decoder_loss_weights"] == 1).all()
+    assert (batch["decoder_input_tokens"][:, 0] == GPT.start_id).all()
+    np.testing.assert_array_equal(
+        batch["decoder_input_tokens"][:, 1:], batch["decoder_target_tokens"][:, :-1]
+    )
+    prefix = dataclasses.replace(causal, objective=PrefixLM(GPT), layout=as_prefix_lm)
+    batches = Batches(prefix, batch_size=4, assembly=Pack(8, 8))
+    batch = batches.batch(1)
+    check_batch(batch, GPT.size)
+    assert 0 < batch["decoder_prefix"].mean() < 1
+    shown = describe(batches, 1)["rows"][0]["tokens"]["decoder_input_tokens"]
+    assert shown["prefix"] == batch["decoder_prefix"][0][: len(shown["ids"])].tolist()
 
 
 def test_keyed_generators_differ_and_the_cache_is_pure():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from t5x_lite.data import textfiles
 from t5x_lite.data.sources import (
     JsonlSource,
+    PairedSource,
     TextSource,
     TfdsSource,
     TokenFileSource,
@@ -165,3 +166,22 @@ def test_a_dataset_that_is_not_prepared_names_the_command(tmp_path):
     command = f"python scripts/prepare_data.py --dataset=bible_text --data_dir={tmp_path}"
     with pytest.raises(InputError, match=command):
         source.open("train")
+
+
+def test_paired_records_have_anothers_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(f"line {i}" for i in range(7)))
+    (tmp_path / "b.txt").write_text("alone")
+    text = TextSource({"train": str(tmp_path / "a.txt"), "test": str(tmp_path / "b.txt")})
+    source = PairedSource(text)
+    assert source.splits == ("train", "test")
+    records = read(source)
+    assert [record["text"] for record in records] == [f"line {i}" for i in range(7)]
+    assert all(record["other"] != record["text"] for record in records)
+    assert pickle.loads(pickle.dumps(source)).open("train")[3] == source.open("train")[3]
+    seen = {(i, read(PairedSource(text, seed=s))[i]["other"]) for s in range(60) for i in range(7)}
+    assert len(seen) == 7 * 6, "any other"
+    assert source.open("train")[6] == records[6], "no matter what was read before"
+    with pytest.raises(InputError, match="1 records: PairedSource takes"):
+        source.open("test")
+    with pytest.raises(InputError, match=r"PairedSource\.field is 'body', but the record has text"):
+        PairedSource(text, field="body").open("train")[0]

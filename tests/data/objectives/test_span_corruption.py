@@ -1,4 +1,4 @@
-"""Span corruption: T5's counts, invertibility, distribution; text to text; every error."""
+"""T5's denoising: its counts, invertibility, distribution, and every error."""
 
 import itertools
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from t5x_lite.data.objectives import (
+    IidDenoising,
     SpanCorruption,
-    TextToText,
+    noise_after_sentinels,
     noise_counts,
     random_segmentation,
     random_spans_noise_mask,
@@ -156,12 +157,56 @@ def test_what_fit_allows_fits(density, mean):
             assert len(example.targets) <= max(targets, 3)
 
 
-def test_text_to_text():
-    objective = TextToText(BYTES)
-    example = objective(np.array([5, 6], np.int32), np.array([7], np.int32))
-    assert example.inputs.tolist() == [5, 6, 1]
-    assert example.targets.tolist() == [7, 1]
-    assert objective.fit({"encoder": 10, "decoder": 6}) == (9, 5)
+@pytest.mark.parametrize("objective", [SpanCorruption(BYTES), IidDenoising(BYTES)])
+def test_one_row_holds_inputs_and_targets_without_an_encoder(objective):
+    for length in range(8, 300, 7):
+        (most,) = objective.fit({"decoder": length})
+        sizes = [
+            len(e.inputs) + len(e.targets)
+            for e in (objective(np.full(most, 5, np.int32), rng=generator(s)) for s in range(5))
+        ]
+        assert max(sizes) <= length
+        if isinstance(objective, SpanCorruption):
+            assert length - 3 <= max(sizes), "one more token would not fit"
+
+
+def test_iid_denoising_is_invertible_with_exact_counts():
+    objective, at_the_edges = IidDenoising(BYTES), 0
+    for length, seed in cases(300):
+        tokens = generator(seed, 1).integers(3, 259, length).astype(np.int32)
+        example = objective(tokens, rng=generator(seed))
+        np.testing.assert_array_equal(invert(example.inputs, example.targets, BYTES), tokens)
+        hidden = np.sum(example.targets < 259) - 1
+        assert hidden == max(round(length * 0.15), 1)
+        at_the_edges += example.inputs[0] == BYTES.sentinel_id(0)
+        at_the_edges += example.inputs[-2] < 259
+    assert at_the_edges > 200, "a mask may begin with noise and end without"
+    empty = objective(np.zeros(0, np.int32), rng=generator(0))
+    assert empty.inputs.tolist() == empty.targets.tolist() == [1]
+
+
+def test_what_iid_denoising_allows_fits_at_worst():
+    (most,) = IidDenoising(BYTES).fit({"encoder": 64, "decoder": 21})
+    assert most == 63
+    apart = np.zeros(most, bool)
+    apart[: 2 * round(0.15 * most) : 2] = True
+    tokens = np.full(most, 5, np.int32)
+    assert len(noise_after_sentinels(tokens, apart, 400)) + 1 <= 21
+    (most,) = IidDenoising(BYTES).fit({"encoder": 64, "decoder": 11})
+    assert round(0.15 * most) == 5
+    with pytest.raises(InputError, match="needs 9 sentinels"):
+        IidDenoising(ByteVocabulary(extra_ids=8)).fit({"encoder": 64, "decoder": 21})
+    with pytest.raises(InputError, match=r"too short for i\.i\.d\."):
+        IidDenoising(BYTES).fit({"encoder": 1, "decoder": 1})
+
+
+def test_the_targets_of_any_mask_by_hand():
+    tokens = np.array([5, 6, 7, 8, 9, 10, 11, 12], np.int32)
+    mask = np.array([1, 0, 0, 1, 1, 0, 0, 0], bool)
+    assert spans_to_sentinels(tokens, mask, 99).tolist() == [99, 6, 7, 98, 10, 11, 12]
+    assert noise_after_sentinels(tokens, mask, 99).tolist() == [99, 5, 98, 8, 9]
+    kept_first = np.array([0, 0, 0, 1, 1, 0, 0, 1], bool)
+    assert noise_after_sentinels(tokens, kept_first, 99).tolist() == [99, 8, 9, 98, 12]
 
 
 def test_input_errors():
@@ -179,5 +224,3 @@ def test_input_errors():
             SpanCorruption(BYTES, noise_density=wrong)
     with pytest.raises(InputError, match="mean_span_length"):
         SpanCorruption(BYTES, mean_span_length=0.5)
-    with pytest.raises(InputError, match="no room"):
-        TextToText(BYTES).fit({"encoder": 1, "decoder": 5})
