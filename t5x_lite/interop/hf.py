@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from t5x_lite import trees
-from t5x_lite.interop import choice
+from t5x_lite.interop import choice, sentence_vectors
 from t5x_lite.interop import safetensors_files as files
 from t5x_lite.interop.binding import Binding
 from t5x_lite.interop.hf_bart import BART
@@ -35,6 +35,7 @@ from t5x_lite.interop.hf_t5 import T5
 from t5x_lite.interop.name_maps import Architecture, Settings
 from t5x_lite.interop.settings import refuse
 from t5x_lite.models import transformer
+from t5x_lite.models.config_heads import EmbeddingHead
 from t5x_lite.sharding import Partitioner
 from t5x_lite.types import InputError, Params
 
@@ -75,7 +76,8 @@ def load_hf(
 
     Returns:
       `(model, params)`, with `model.config` made from `config.json`. A class without a head, such
-      as BertModel, gets an EmbeddingHead, and its pooler is left out.
+      as BertModel, gets an EmbeddingHead, as sentence-transformers' `modules.json` describes it or
+      of the mean, and its pooler is left out.
 
     Raises:
       InputError: for an architecture that is not known, a setting that our models don't compute, a
@@ -89,9 +91,10 @@ def load_hf(
         architecture = choice.known(settings, architectures)
         refuse(settings, {"quantization_config": None})
         tensors = choice.today(files.open_tensors(directory), architecture)
-        config = dataclasses.replace(
-            architecture.read(settings, tensors), dtype=dtype, param_dtype=param_dtype
-        )
+        config = architecture.read(settings, tensors)
+        if isinstance(config.head, EmbeddingHead):
+            config = dataclasses.replace(config, head=sentence_vectors.read_head(directory))
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
         model = transformer.Transformer(config)
         structs = _structs(model)
         base = choice.base_of(architecture, settings, config, tensors)
@@ -165,6 +168,8 @@ def save_hf(
     if tokenizer is not None:
         for name in _tokenizer_files(tokenizer):
             shutil.copyfile(os.path.join(tokenizer, name), os.path.join(directory, name))
+    if isinstance(model.config.head, EmbeddingHead):
+        sentence_vectors.write_head(directory, model.config.head, model.config.embed_dim)
     # Last: a directory without it was not finished.
     files.write_json(os.path.join(directory, CONFIG), settings)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import ml_dtypes
@@ -72,6 +72,15 @@ def open_tensors(directory: str) -> dict[str, np.ndarray]:
 
 def read_json(path: str) -> dict[str, Any]:
     """A JSON object from a file; InputError where there is none."""
+    return _read_json(path, dict)
+
+
+def read_json_list(path: str) -> list[dict[str, Any]]:
+    """A JSON list of objects from a file; InputError where there is none."""
+    return _read_json(path, list)
+
+
+def _read_json(path: str, kind: type) -> Any:
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
@@ -79,12 +88,12 @@ def read_json(path: str) -> dict[str, Any]:
         raise InputError(f"can't read '{path}': {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"'{path}' is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"'{path}' holds a {type(found).__name__}: expected a JSON object")
+    if not isinstance(found, kind):
+        raise InputError(f"'{path}' holds a {type(found).__name__}: expected a {kind.__name__}")
     return found
 
 
-def write_json(path: str, content: Mapping[str, Any]) -> None:
+def write_json(path: str, content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
 

@@ -6,6 +6,7 @@ where a model is added, and its `--check` compares in the other direction.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -194,6 +195,21 @@ def test_a_tokenizer_comes_along(tmp_path, scratch):
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (settings["id2label"], settings["eos_token_id"]) == (names, 9)
     assert settings["hidden_size"] == 8
+
+
+@pytest.mark.parametrize(
+    "head", [EmbeddingHead(pooling="first"), EmbeddingHead(pooling="last", normalise=False)]
+)
+def test_pooling_is_kept_as_sentence_transformers_does(tmp_path, scratch, head):
+    model, params = loaded("bert", scratch)
+    config = dataclasses.replace(model.config, head=head)
+    save_hf(str(tmp_path / "out"), transformer.Transformer(config), params)
+    assert load_hf(str(tmp_path / "out"))[0].config == config
+    modules = json.loads((tmp_path / "out" / "modules.json").read_text())
+    modules.append({"path": "3_Dense", "type": "sentence_transformers.models.Dense"})
+    (tmp_path / "out" / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(InputError, match="'Dense'"):
+        load_hf(str(tmp_path / "out"))
 
 
 # Where parameters go
