@@ -40,7 +40,11 @@ from t5x_lite.train import (
 CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     # vocabularies and sources
     vocabularies.SentencePieceVocabulary,
+    vocabularies.TokenizersVocabulary,
     vocabularies.ByteVocabulary,
+    vocabulary_training.SentencePieces,
+    vocabulary_training.WordPieces,
+    vocabulary_training.ByteLevelPieces,
     sources.TextSource,
     sources.JsonlSource,
     sources.TokenFileSource,

@@ -5,9 +5,9 @@ records for people. `<mask>` in a text stands for a gap, whatever the vocabulary
 
 | mode | encoder | decoder | encoder-decoder |
 |---|---|---|---|
-| generate | | goes on from the text | writes what it was trained to (an answer, a translation) |
+| generate | | goes on from the text | writes what it was trained to |
 | fill_mask | candidates for each `<mask>` | | |
-| infill | | fills one `<mask>` (fill in the middle) | fills every `<mask>` (T5), rewrites all (BART) |
+| infill | | fills one `<mask>` | fills every `<mask>` (T5), or writes the text anew (BART) |
 
 Shapes: b batch, l length.
 """
@@ -214,20 +214,17 @@ def choose(config: ModelConfig, name: Name | None) -> type[Mode]:
             f"infer writes text, and this model has a {type(config.head).__name__}: expected a "
             "model with an LMHead"
         )
-    family = (config.encoder is not None, config.decoder is not None)
-    modes: dict[str, type[Mode]] = {
-        (True, False): {"fill_mask": FillMask},
-        (False, True): {"generate": Complete, "infill": FillGap},
-        (True, True): {"generate": Answer, "infill": Infill},
-    }[family]
+    modes: dict[str, type[Mode]]
+    if config.decoder is None:
+        family, modes = "an encoder alone", {"fill_mask": FillMask}
+    elif config.encoder is None:
+        family, modes = "a decoder alone", {"generate": Complete, "infill": FillGap}
+    else:
+        family, modes = "an encoder-decoder", {"generate": Answer, "infill": Infill}
     if name is None:
         return next(iter(modes.values()))
     if name not in modes:
-        kind = {(True, False): "an encoder alone", (False, True): "a decoder alone"}
-        raise InputError(
-            f"infer.mode='{name}' is not for {kind.get(family, 'an encoder-decoder')}, which does: "
-            + ", ".join(modes)
-        )
+        raise InputError(f"infer.mode='{name}' is not for {family}, which does: {', '.join(modes)}")
     return modes[name]
 
 

@@ -16,7 +16,7 @@ from t5x_lite.evaluation.metrics import bleu, chrf
 from t5x_lite.train.checkpoint import Checkpointer, find_step
 from t5x_lite.train.evaluate import PREDICTIONS
 from t5x_lite.train.plots import plot_curves
-from t5x_lite.train.run import Run
+from t5x_lite.train.run import FILE, Run
 from t5x_lite.train.session import Session
 from t5x_lite.train.writers import read_jsonl
 from t5x_lite.types import InputError
@@ -39,22 +39,26 @@ class Row:
     checkpoint_bytes: dict[str, int] | None = None  # on disk, by item
 
 
-def report(*, folder: str = "runs/demo", samples: int = 3, console: Any = None) -> list[Row]:
+def report(
+    *, folder: str = "runs/demo", samples: int = 3, fall: float | None = None, console: Any = None
+) -> list[Row]:
     """Prints the table and sample outputs of the demo's four runs, and draws their curves.
 
+    Of a single pretraining run, prints how far its loss on held-out text fell, and draws its curve.
+
     Args:
-      folder: holds the runs `pretrained`, `lora_random`, `lora` and `full`.
+      folder: holds the runs `pretrained`, `lora_random`, `lora` and `full`, or is one run.
       samples: how many test verses to show.
+      fall: by how much a single run's loss has to have fallen, in nats an asked token.
 
     Returns:
-      The table's rows. Raises InputError for a run that is missing or not finished.
+      The table's rows. Raises InputError for a run that is missing or not finished, or whose loss
+      did not fall by `fall`.
     """
     console = console or Console(width=max(Console().width, 110))
-    losses = [
-        record["held_out/loss"]
-        for record in read_jsonl(os.path.join(folder, PRETRAINED, "metrics.jsonl"))
-        if "held_out/loss" in record
-    ]
+    if os.path.exists(os.path.join(folder, FILE)):
+        return report_pretraining(folder, fall, console)
+    losses = held_out_losses(os.path.join(folder, PRETRAINED))
     runs = {label: os.path.join(folder, name) for name, label in TUNED.items()}
     predictions = {label: read_predictions(path) for label, path in runs.items()}
     rows = [copy_row(next(iter(predictions.values())))]
@@ -81,6 +85,33 @@ def report(*, folder: str = "runs/demo", samples: int = 3, console: Any = None) 
     ]
     console.print("\nCurves: " + ", ".join(map(str, pictures)))
     return rows
+
+
+def report_pretraining(folder: str, fall: float | None, console: Any) -> list[Row]:
+    """One pretraining run's held-out loss at its start and its end; see `report`."""
+    losses = held_out_losses(folder)
+    if len(losses) < 2:
+        raise InputError(f"'{folder}' has no evaluation after step 0 yet: finish the run first")
+    fell = losses[0] - losses[-1]
+    console.print(
+        f"\n[bold]{folder}[/bold]: loss on held-out chapters {losses[0]:.3f} at the start, "
+        f"{losses[-1]:.3f} at the end: it fell by {fell:.3f}"
+    )
+    metrics = {os.path.basename(folder): os.path.join(folder, "metrics.jsonl")}
+    picture = plot_curves(metrics, os.path.join(folder, "pretraining.png"), title="Pretraining")
+    console.print(f"Curve: {picture}")
+    if fall is not None and fell < fall:
+        raise InputError(
+            f"the held-out loss of '{folder}' fell by {fell:.3f}, less than the {fall} that this "
+            "run is known to reach"
+        )
+    return [Row(os.path.basename(folder), {"loss": losses[-1]})]
+
+
+def held_out_losses(run: str) -> list[float]:
+    """The losses of a pretraining run's evaluations, in order."""
+    records = read_jsonl(os.path.join(run, "metrics.jsonl"))
+    return [record["held_out/loss"] for record in records if "held_out/loss" in record]
 
 
 def copy_row(records: Sequence[dict[str, Any]]) -> Row:

@@ -2,7 +2,7 @@
 
 run.json            model, transform, vocabulary, base: enough to load the run
 config.gin          the operative config: enough to launch it again
-vocabulary.model    the vocabulary's file
+vocabulary.model    the vocabulary's file: a SentencePiece model or a tokenizer.json
 checkpoints/        see `checkpoint`
 metrics.jsonl       one line a record, the same for the same config and seed
 timing.jsonl        tokens/s, FLOP/s, MFU
@@ -14,13 +14,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from dataclasses import dataclass
 
 from absl import logging
 
 from t5x_lite import trees
-from t5x_lite.data.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+from t5x_lite.data.vocabularies import (
+    ByteVocabulary,
+    SentencePieceVocabulary,
+    TokenizersVocabulary,
+    Vocabulary,
+)
 from t5x_lite.models import config_heads, config_positions
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.peft.lora import LoRA
@@ -42,6 +46,7 @@ _CLASSES = (
     Freeze,
     LoRA,
     SentencePieceVocabulary,
+    TokenizersVocabulary,
     ByteVocabulary,
 )
 
@@ -67,15 +72,11 @@ class Run:
     seed: int = 0  # what fresh weights were drawn from
 
     def write(self, model_dir: str) -> None:
-        """Writes `run.json` and copies the vocabulary's file beside it."""
+        """Writes `run.json` and the vocabulary's file beside it."""
         os.makedirs(model_dir, exist_ok=True)
-        vocabulary = to_record(self.vocabulary)
-        path = vocabulary.get("path")
-        if path is not None:
-            target = os.path.join(model_dir, VOCABULARY_FILE)
-            if not os.path.exists(target) or not os.path.samefile(path, target):
-                shutil.copyfile(path, target)
-            vocabulary["path"] = VOCABULARY_FILE
+        vocabulary = to_record(self.vocabulary.stored(os.path.join(model_dir, VOCABULARY_FILE)))
+        if "path" in vocabulary:
+            vocabulary["path"] = VOCABULARY_FILE  # the folder may move
         record = {
             "model": to_record(self.model),
             "transform": to_record(self.transform),

@@ -15,10 +15,10 @@ from t5x_lite.data.vocabularies import (
     ByteVocabulary,
     SentencePieceVocabulary,
     Vocabulary,
-    _cut,
     sample,
     train_sentencepiece,
 )
+from t5x_lite.data.vocabularies.training import _cut
 from t5x_lite.types import InputError
 
 TEXTS = [
@@ -138,7 +138,12 @@ def test_input_errors(tmp_path, vocabulary):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_prefix=prefix, vocab_size=40, minloglevel=2
     )
-    with pytest.raises(InputError, match="expected pad 0"):
+    with pytest.raises(InputError, match="has no piece '<start>', its start_token"):
+        SentencePieceVocabulary(prefix + ".model", start_token="<start>")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=prefix, vocab_size=40, minloglevel=2, eos_id=-1
+    )
+    with pytest.raises(InputError, match="has no eos piece"):
         SentencePieceVocabulary(prefix + ".model")
     for nothing in ([], ["", "  \n "]):
         with pytest.raises(InputError, match="training text is empty"):

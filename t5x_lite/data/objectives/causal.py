@@ -92,16 +92,19 @@ class PrefixLM:
 
 @dataclasses.dataclass(frozen=True)
 class FillInTheMiddle:
-    """The middle of a text after its beginning and its end (Bavarian et al. 2022, arXiv:2207.14255).
+    """The middle of a text after its beginning and its end (Bavarian et al. 2022).
+
+    arXiv:2207.14255, section 3.
 
         tokens   5 6 | 7 8 | 9                      cut at two random places
         PSM     97 5 6 98 9 99 7 8 1                97, 98, 99: prefix, suffix, middle; 1: eos
         SPM     97 98 9 99 5 6 7 8 1
 
-    A share `rate` of the texts is cut so, the others are `CausalLM`'s; of those cut, `spm_rate` are
-    SPM, in the variant that the paper trains with both orders (its section 4.4 and appendix D). The
-    cuts fall between tokens; the paper's fall between characters.
-    """  # noqa: E501
+    A share `rate` of the texts is cut so, the others stay as they are; of those cut, `spm_rate` are
+    SPM, in the variant that the paper trains together with PSM (its appendix D). The cuts fall
+    between tokens; the paper's fall between characters. Every text ends with eos, for that is how
+    a model says that the middle has met the suffix.
+    """
 
     vocabulary: Vocabulary
     rate: float = 0.5  # share of texts that are transformed

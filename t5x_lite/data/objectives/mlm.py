@@ -137,7 +137,7 @@ class MaskSpans:
         ends = [*starts[1:].tolist(), len(places)]
         word_of = (np.cumsum(begins_word) - 1).tolist()
         joined = [False, *(np.diff(places) == 1).tolist()]  # to the place before
-        draws = rng.random(len(places))
+        draws = rng.random(count)  # every span draws one token or more
         lengths: list[int] = (1 + np.digitize(draws, self._bounds)).tolist()
         drawn = [-1] * len(places)
         left, number = count, 0
@@ -233,10 +233,8 @@ class MaskedLM:
         """(places drawn, ascending; the tokens with those places replaced)."""
         maskable = self._ordinary[tokens]
         places = np.flatnonzero(maskable)
-        begins: np.ndarray = np.ones(0, dtype=bool)
-        if not isinstance(self.selection, MaskTokens):  # which asks for no words
-            # A word that a special token interrupts begins anew after it.
-            begins = (self.vocabulary.starts_word(tokens) | run_starts(maskable))[places]
+        # A word that a special token interrupts begins anew after it.
+        begins = (self.vocabulary.starts_word(tokens) | run_starts(maskable))[places]
         drawn = self.selection(places, begins, noise_count(len(places), self.rate), rng)
         which = drawn >= 0
         places, drawn = places[which], drawn[which]

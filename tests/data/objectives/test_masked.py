@@ -134,6 +134,15 @@ def test_spans_are_whole_words_replaced_alike():
     assert 6 < np.mean(lengths) < 13
 
 
+def test_no_span_crosses_a_special_token():
+    places = np.array([*range(10), *range(11, 21)])  # 10 is special
+    for seed in range(100):
+        drawn = MaskSpans()(places, np.ones(20, bool), 8, generator(seed))
+        assert np.sum(drawn >= 0) == 8
+        before, after = (set(part[part >= 0].tolist()) for part in (drawn[:10], drawn[10:]))
+        assert not before & after
+
+
 def test_span_lengths_are_geometric():
     bounds = MaskSpans()._bounds
     probabilities = np.diff(bounds, prepend=0)
