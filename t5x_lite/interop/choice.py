@@ -78,7 +78,7 @@ def choose(
         except InputError as error:
             reasons.append(f"{architecture.model_type}: {error}")
             continue
-        different = differences(_essence(config), _essence(again))
+        different = differences(essence(config), essence(again))
         if not different:
             return architecture, settings
         reasons.append(f"{architecture.model_type}: {', '.join(different)}")
@@ -111,7 +111,7 @@ def differences(first: Any, second: Any, where: str = "") -> list[str]:
     return [] if first == second else [f"{where[1:]}={first!r}, not {second!r}"]
 
 
-def _essence(config: ModelConfig) -> ModelConfig:
+def essence(config: ModelConfig) -> ModelConfig:
     """What a model computes and which parameters it has: no dropout, initialisation, dtypes.
 
     Nor how vectors are pooled, for which transformers has no setting.

@@ -59,6 +59,7 @@ _MLP_BIASES: Final = ("wi", "wo")
 def _read(settings: Settings, tensors: Tensors) -> ModelConfig:
     settings = {**_DEFAULTS, **settings}
     heads = settings["num_attention_heads"]
+    groups = settings["num_key_value_heads"] or heads
     biases = (
         *(_ATTENTION_BIASES if settings["attention_bias"] else ()),
         *(_MLP_BIASES if settings["mlp_bias"] else ()),
@@ -68,7 +69,7 @@ def _read(settings: Settings, tensors: Tensors) -> ModelConfig:
         num_heads=heads,
         head_dim=settings["head_dim"] or settings["hidden_size"] // heads,
         mlp_dim=settings["intermediate_size"],
-        num_kv_heads=settings["num_key_value_heads"] or heads,
+        num_kv_heads=None if groups == heads else groups,
         mlp_activations=(read_activation(settings["hidden_act"]), "linear"),
         biases=biases,
         positions=read_rotary(settings),
