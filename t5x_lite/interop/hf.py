@@ -101,6 +101,8 @@ def load_hf(
         sources = Binding.of(architecture, config, base, _shapes(structs)).read(tensors)
     except InputError as error:
         raise InputError(f"'{directory}': {error}") from error
+    except KeyError as error:
+        raise InputError(f"'{directory}': config.json lacks the setting {error}") from error
     if partitioner is None:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings: Mapping[str, Any] = dict.fromkeys(sources, first)
@@ -139,6 +141,9 @@ def save_hf(
       InputError: for a config that no architecture expresses (with each one's reason), params that
         are not the model's, and a directory that is in use.
     """
+    held = [name for name in files.listed(directory) if name.endswith(".safetensors")]
+    if held:
+        raise InputError(f"'{directory}' holds a model already ({held[0]}): choose another")
     shapes = _shapes(_structs(model))
     given = trees.flatten(params)
     if _shapes(params) != shapes:
@@ -159,9 +164,6 @@ def save_hf(
         collections.deque(tensors, maxlen=0)
         return
     os.makedirs(directory, exist_ok=True)
-    held = [name for name in os.listdir(directory) if name.endswith(".safetensors")]
-    if held:
-        raise InputError(f"'{directory}' holds a model already ({held[0]}): choose another")
     their_shapes = {name: x.shape for name, x in constants.items()} | binding.their_shapes()
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in their_shapes.items()}
     files.Writer(directory, sizes, file_bytes).write(tensors)

@@ -46,7 +46,7 @@ def open_tensors(directory: str) -> dict[str, np.ndarray]:
     if os.path.exists(single):
         return _map_file(single)
     if not os.path.exists(index):
-        pickles = sorted(name for name in _listed(directory) if name.endswith((".bin", ".pt")))
+        pickles = sorted(name for name in listed(directory) if name.endswith((".bin", ".pt")))
         if pickles:
             raise InputError(
                 f"'{directory}' holds its weights as pickles ({', '.join(pickles)}), which can run "
@@ -144,7 +144,8 @@ class Writer:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _listed(directory: str) -> list[str]:
+def listed(directory: str) -> list[str]:
+    """Names in a directory, in no order; none if it isn't there."""
     return os.listdir(directory) if os.path.isdir(directory) else []
 
 

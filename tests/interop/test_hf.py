@@ -252,6 +252,18 @@ def test_the_host_holds_one_leaf_at_a_time(tmp_path, partitioner):
     assert peak < 1.2 * total
 
 
+def test_saving_holds_one_file_at_a_time(tmp_path):
+    model, params = load_hf(str(wide_gpt2(tmp_path)))
+    save_hf(str(tmp_path / "once"), model, params)  # caches are filled
+    tracemalloc.start()
+    try:
+        save_hf(str(tmp_path / "out"), model, params, file_bytes=500_000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000 < trees.nbytes(params) / 4
+
+
 def wide_gpt2(tmp_path: Path) -> Path:
     """A folder with a GPT-2 of 6 MB, of zeros."""
     settings = json.loads((common.FOLDER / "gpt2" / "config.json").read_text())
@@ -316,6 +328,7 @@ def test_a_class_that_is_not_known_is_named(tmp_path):
         ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "lacks the setting 'factor'"),
     ],
 )
 def test_settings_that_are_not_computed_are_refused(tmp_path, name, settings, expected):
