@@ -32,9 +32,10 @@ from t5x_lite.interop.hf_bert import BERT, ROBERTA
 from t5x_lite.interop.hf_gpt2 import GPT2
 from t5x_lite.interop.hf_llama import LLAMA
 from t5x_lite.interop.hf_t5 import T5
-from t5x_lite.interop.name_maps import Architecture, Settings
+from t5x_lite.interop.name_maps import Architecture, Settings, Tensors
 from t5x_lite.interop.settings import refuse
 from t5x_lite.models import transformer
+from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import EmbeddingHead
 from t5x_lite.sharding import Partitioner
 from t5x_lite.types import InputError, Params
@@ -91,7 +92,7 @@ def load_hf(
         architecture = choice.known(settings, architectures)
         refuse(settings, {"quantization_config": None})
         tensors = choice.today(files.open_tensors(directory), architecture)
-        config = architecture.read(settings, tensors)
+        config = _read_config(architecture, settings, tensors)
         if isinstance(config.head, EmbeddingHead):
             config = dataclasses.replace(config, head=sentence_vectors.read_head(directory))
         config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
@@ -101,8 +102,6 @@ def load_hf(
         sources = Binding.of(architecture, config, base, _shapes(structs)).read(tensors)
     except InputError as error:
         raise InputError(f"'{directory}': {error}") from error
-    except KeyError as error:
-        raise InputError(f"'{directory}': config.json lacks the setting {error}") from error
     if partitioner is None:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings: Mapping[str, Any] = dict.fromkeys(sources, first)
@@ -174,6 +173,13 @@ def save_hf(
         sentence_vectors.write_head(directory, model.config.head, model.config.embed_dim)
     # Last: a directory without it was not finished.
     files.write_json(os.path.join(directory, CONFIG), settings)
+
+
+def _read_config(architecture: Architecture, settings: Settings, tensors: Tensors) -> ModelConfig:
+    try:
+        return architecture.read(settings, tensors)
+    except KeyError as error:
+        raise InputError(f"config.json lacks the setting {error}") from error
 
 
 def _structs(model: transformer.Transformer) -> Params:
