@@ -9,6 +9,7 @@ EXTRAS = {
     "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2", "seqeval>=1.2"],
     "studies": ["matplotlib>=3.8"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+    "fixtures": ["torch>=2.6", "transformers>=5.0"],  # tests/fixtures/make_*.py alone
     "dev": ["ruff==0.17.6", "mypy==2.4.1"],
 }
 
