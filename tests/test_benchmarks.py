@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,18 @@ def test_it_prints_its_table():
 )
 def test_operations_belong_to_parts(program, name, part):
     assert program.part_of(name) == part
+
+
+def test_the_head_at_masked_slots_saves_what_it_should():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "mlm_head.py"), "--models=test", "--steps=1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    counted, timed = re.findall(r"ratio (\S+)", done.stdout)
+    # Head and body of this toy: 2 x 40 tokens against 2 x 6 slots through 32 x 1000.
+    assert 1.5 < float(counted) < 2.0
+    assert float(timed) > 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +69,22 @@ def test_the_readmes_commands_run(tmp_path):
             assert (tmp_path / "runs" / run / name).exists(), (run, name)
     assert '"prediction"' in done.stdout
     assert "ModelConfig.dtype = 'bfloat16'" in done.stdout  # the dry run of the TPU section
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    """On a fixture in the place of the published folder."""
+    monkeypatch.chdir(tmp_path)
+    source = ROOT / "tests" / "fixtures" / "hf" / "bert_mlm"
+    shutil.copytree(source, tmp_path / "bert-base-uncased")
+    with np.load(source / "expected.npz") as expected:
+        batch = {key: expected[key] for key in expected if key.startswith("encoder_")}
+        outputs = expected["outputs"]
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    names = {"batch": batch}
+    exec(code, names)
+    assert names["logits"].shape == outputs.shape
+    assert (tmp_path / "mine" / "model.safetensors").exists()
 
 
 def test_links_inside_the_project_lead_somewhere():
