@@ -76,6 +76,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = ROOT / "tests" / "fixtures" / "hf" / "bert_mlm"
     shutil.copytree(source, tmp_path / "bert-base-uncased")
+    (tmp_path / "bert-base-uncased" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
     with np.load(source / "expected.npz") as expected:
         batch = {key: expected[key] for key in expected if key.startswith("encoder_")}
         outputs = expected["outputs"]
@@ -84,7 +85,8 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     names = {"batch": batch}
     exec(code, names)
     assert names["logits"].shape == outputs.shape
-    assert (tmp_path / "mine" / "model.safetensors").exists()
+    for name in ("model.safetensors", "config.json", "vocab.txt"):
+        assert (tmp_path / "mine" / name).exists()
 
 
 def test_links_inside_the_project_lead_somewhere():
