@@ -13,23 +13,23 @@ TRAIN := $(BIN)/python scripts/train.py --gin.SEED=$(SEED)
 
 ifdef FAMILY
 # One family alone: bert, gpt, t5 or bart, pretrained by its own objective and asked what it is for.
-ASK_bert := In the beginning God created the <mask> and the earth.
+ASK_bert := And the LORD said <mask> Moses,
 ASK_gpt := And it came to pass, when
-ASK_t5 := In the beginning God created the <mask> and the earth.
-ASK_bart := In the beginning God created the <mask> and the earth.
+ASK_t5 := And the LORD said <mask> Moses,
+ASK_bart := And the LORD said <mask> Moses,
 MODE_t5 := infill
 MODE_bart := infill
-FALL_bert := 1.5
-FALL_gpt := 2.0
-FALL_t5 := 2.0
-FALL_bart := 2.0
+FALL_bert := 4.0
+FALL_gpt := 4.5
+FALL_t5 := 4.0
+FALL_bart := 5.0
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/prepare_data.py --dataset=bible_text --data_dir=data
 	$(BIN)/python scripts/train_vocab.py --gin_file=runs/demo_$(FAMILY).gin
 	$(TRAIN) --gin_file=runs/demo_$(FAMILY).gin --model_dir=runs/demo_$(FAMILY)
 	$(BIN)/python scripts/demo_report.py --folder=runs/demo_$(FAMILY) --fall=$(FALL_$(FAMILY))
-	echo "$(ASK_$(FAMILY))" | $(BIN)/python scripts/infer.py --model_dir=runs/demo_$(FAMILY) $(addprefix --mode=,$(MODE_$(FAMILY)))
+	echo "$(ASK_$(FAMILY))" | $(BIN)/python scripts/infer.py --model_dir=runs/demo_$(FAMILY) --max_input_tokens=64 --max_tokens=32 $(addprefix --mode=,$(MODE_$(FAMILY)))
 else
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/prepare_data.py --dataset=bible_text --data_dir=data

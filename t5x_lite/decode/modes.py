@@ -269,15 +269,16 @@ def after_sentinels(tokens: np.ndarray, count: int, vocabulary: Vocabulary) -> l
     """What stands behind each of the first `count` sentinels: `s0 5 6 s1 7 eos` -> two texts."""
     ids = np.asarray(tokens).tolist()
     ids = ids[: ids.index(vocabulary.eos_id)] if vocabulary.eos_id in ids else ids
-    places = [
-        ids.index(vocabulary.sentinel_id(k)) if vocabulary.sentinel_id(k) in ids else len(ids)
-        for k in range(count)
-    ]
-    ends = sorted({*places, len(ids)})
-    return [
-        vocabulary.decode(ids[start + 1 : next((e for e in ends if e > start), len(ids))])
-        for start in places
-    ]
+    sentinels = {vocabulary.sentinel_id(k) for k in range(vocabulary.num_sentinels)}
+    behind: dict[int, list[int]] = {}
+    current: list[int] = []  # what stands before the first sentinel belongs to none
+    for token in ids:
+        if token in sentinels:
+            current = behind.setdefault(token, [])
+        else:
+            current.append(token)
+    wanted = (vocabulary.sentinel_id(k) for k in range(count))
+    return [vocabulary.decode(behind.get(sentinel, [])) for sentinel in wanted]
 
 
 def program(mode: Mode, out_shardings: Any = None) -> Any:
