@@ -239,7 +239,7 @@ class TokenFileSource:
 class _Tokens:
     def __init__(self, data: list[np.ndarray], length: int):
         self._data, self._length = data, length
-        self._offsets = np.cumsum([0, *(len(d) // length for d in data)])
+        self._offsets: np.ndarray = np.cumsum([0, *(len(d) // length for d in data)])
 
     def __len__(self) -> int:
         return int(self._offsets[-1])

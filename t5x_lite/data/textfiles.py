@@ -90,7 +90,7 @@ class TextRecords:
             counts.append(len(first))
         self._starts, self._ends = np.concatenate(starts), np.concatenate(ends)
         self._lines = np.concatenate(lines)
-        self._offsets = np.cumsum(counts)  # records before each file
+        self._offsets: np.ndarray = np.cumsum(counts)  # records before each file
 
     def __len__(self) -> int:
         return len(self._starts)

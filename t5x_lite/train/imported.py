@@ -47,7 +47,7 @@ def adafactor_state(opt_state: Any, params: Params, moments: AdafactorMoments) -
             axes = tuple(
                 axis for axis, size in enumerate(like.shape) if size == 1 and mean.shape[axis] > 1
             )
-            coarser = mean.mean(axis=axes, keepdims=True, dtype=np.float32)
+            coarser: np.ndarray = mean.mean(axis=axes, keepdims=True, dtype=np.float32)
             if coarser.shape == tuple(like.shape):
                 return _put(coarser, like)
         raise InputError(

@@ -123,7 +123,7 @@ def span_lengths(total: int, mean: float, rng: np.random.Generator, at_most: int
     lengths: np.ndarray = np.zeros(0, dtype=np.int64)
     while lengths.sum() < total:
         lengths = np.append(lengths, rng.poisson(mean, 8 + round(total / mean)))
-    sums = np.cumsum(lengths)
+    sums: np.ndarray = np.cumsum(lengths)
     spans = int(np.searchsorted(sums, total)) + 1
     lengths = lengths[:spans]
     lengths[-1] -= sums[spans - 1] - total

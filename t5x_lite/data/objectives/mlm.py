@@ -123,7 +123,7 @@ class MaskSpans:
     @functools.cached_property
     def _bounds(self) -> np.ndarray:
         lengths = np.arange(1, self.longest + 1)
-        weights = np.cumsum(self.p * (1 - self.p) ** (lengths - 1))
+        weights: np.ndarray = np.cumsum(self.p * (1 - self.p) ** (lengths - 1))
         return weights / weights[-1]
 
     def __call__(
@@ -135,7 +135,7 @@ class MaskSpans:
     ) -> np.ndarray:
         starts = np.flatnonzero(begins_word)
         ends = [*starts[1:].tolist(), len(places)]
-        word_of = (np.cumsum(begins_word) - 1).tolist()
+        word_of: list[int] = (np.cumsum(begins_word) - 1).tolist()
         joined = [False, *(np.diff(places) == 1).tolist()]  # to the place before
         draws = rng.random(count)  # every span draws one token or more
         lengths: list[int] = (1 + np.digitize(draws, self._bounds)).tolist()

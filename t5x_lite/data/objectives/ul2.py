@@ -102,7 +102,7 @@ class UL2:
 
     @functools.cached_property
     def _bounds(self) -> np.ndarray:
-        weights = np.cumsum(np.asarray(self.weights))
+        weights: np.ndarray = np.cumsum(np.asarray(self.weights))
         return weights / weights[-1]
 
     def mode_token(self, mode: Mode) -> int:

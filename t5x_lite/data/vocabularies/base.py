@@ -112,7 +112,7 @@ class BaseVocabulary:
         nothing in the first place. Unknown tokens stay visible, as the library writes them, and so
         do ids that the vocabulary does not have: a model's table may be larger.
         """
-        tokens = np.asarray(ids, dtype=np.int64).tolist()
+        tokens: list[int] = np.asarray(ids, dtype=np.int64).tolist()
         if tokens[:1] == [self.eos_id] and self.eos_id in (self.bos_id, self.start_id):
             tokens = tokens[1:]
         first_sentinel = self.size - self.num_sentinels
