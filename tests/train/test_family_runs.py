@@ -20,6 +20,9 @@ from t5x_lite.data.tasks import Task
 from t5x_lite.data.vocabularies import train_byte_level
 from t5x_lite.decode.greedy import greedy
 from t5x_lite.decode.prompts import pad_left
+from t5x_lite.peft.lora import LoRA
+from t5x_lite.peft.transform import Full
+from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import demo
 from t5x_lite.train import checks, infer, loop
 from t5x_lite.train.checkpoint import CheckpointPolicy
@@ -268,3 +271,36 @@ def test_streams_that_do_not_fit_the_model_are_refused(vocabulary, texts):
     pairs = dataclasses.replace(BERT, pair_head=common.FAMILIES["bert"].pair_head)
     with pytest.raises(InputError, match="does not ask whether two texts follow"):
         checks.check_streams(pairs, masked)
+
+
+def lm_batch(config, rows=8):
+    """A packed batch for whatever stacks the config has; slots for an encoder alone."""
+    batch = common.random_batch(config, rows=rows)
+    if config.decoder is None:
+        slots = np.tile([1, 3, 0], (rows, 1)).astype(np.int32)
+        batch[types.MASKED_POSITIONS] = slots
+        batch[types.MASKED_TARGET_TOKENS] = np.take_along_axis(
+            batch[types.ENCODER_INPUT_TOKENS], slots, axis=1
+        )
+        batch[types.MASKED_LOSS_WEIGHTS] = np.tile([1, 1, 0], (rows, 1)).astype(np.float32)
+    return batch
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "bart"])
+def test_eight_devices_compute_what_one_does(family):
+    config = dataclasses.replace(common.FAMILIES[family], pair_head=None)
+    base, batch = harness.host_params(config), lm_batch(config)
+    transform = LoRA(rank=2, targets=(".*/(query|wi_0)/kernel",))
+    for tuned in (Full(), transform):
+        losses = []
+        for partitioner in (harness.one_device(), Partitioner(data=2, fsdp=2, model=2)):
+            session = Session(config, tuned, partitioner)
+            transformation = session.optimizer(AdamW(0.01))
+            state, frozen = harness.start(session, transformation, base)
+            put = partitioner.put_batch(batch, 8)
+            step = harness.compile_step(session, transformation, state, frozen, put)
+            for _ in range(2):
+                state, sums = step(state, frozen, put)
+                losses.append(float(sums["loss"]))
+        np.testing.assert_allclose(losses[:2], losses[2:], rtol=1e-5)
+        assert losses[0] != losses[1]
