@@ -5,6 +5,8 @@ Shapes: b batch, s slots, k candidates.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +21,8 @@ def fill_mask(
     """The most probable tokens at each masked slot, every mask taken by itself.
 
     Args:
-      model: an encoder alone with a language model's head.
+      model: an encoder alone with a language model's head. A head for pairs is left out: every
+        slot is a mask.
       params: its parameters, PEFT leaves included.
       batch: `encoder_input_tokens [b, l]` and `masked_positions [b, s]`.
       candidates: k.
@@ -28,6 +31,8 @@ def fill_mask(
       Tokens int32 and their probabilities float32, `[b, s, k]`, the most probable first.
     """
     assert types.MASKED_POSITIONS in batch
+    # With a pair head, the first slot would be the pair's.
+    model = Transformer(dataclasses.replace(model.config, pair_head=None))
     logits = model.apply({"params": params}, batch).astype(jnp.float32)
     probabilities, tokens = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), candidates)
     return tokens.astype(jnp.int32), probabilities

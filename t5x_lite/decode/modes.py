@@ -15,7 +15,6 @@ Shapes: b batch, l length.
 from __future__ import annotations
 
 import abc
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,6 +46,21 @@ class Mode(abc.ABC):
     input_tokens: int  # of a row: longer texts are refused
     new_tokens: int  # the most that are generated
     candidates: int = 5  # for each mask
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "max_input_tokens": self.input_tokens,
+            "max_tokens": self.new_tokens,
+            "candidates": self.candidates,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise InputError(f"infer.{name}={size}: expected at least 1")
+        if self.candidates > self.model.config.vocab_size:
+            raise InputError(
+                f"infer.candidates={self.candidates}: the model knows no more than "
+                f"{self.model.config.vocab_size} tokens"
+            )
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -140,7 +154,7 @@ class FillGap(Complete):
 
     def record(self, text: str, ids: np.ndarray, answer: Any) -> dict[str, Any]:
         middle = self.vocabulary.decode(answer)
-        return {"inputs": text, "prediction": text.replace(MASK, middle), "filled": [middle]}
+        return {"inputs": text, "prediction": spliced(text, [middle]), "filled": [middle]}
 
 
 class Infill(Answer):
@@ -158,8 +172,7 @@ class Infill(Answer):
         if self.vocabulary.mask_id is not None:  # the whole text, written anew
             return {"inputs": text, "prediction": self.vocabulary.decode(answer)}
         filled = after_sentinels(answer, text.count(MASK), self.vocabulary)
-        whole = functools.reduce(lambda t, part: t.replace(MASK, part, 1), filled, text)
-        return {"inputs": text, "prediction": whole, "filled": filled}
+        return {"inputs": text, "prediction": spliced(text, filled), "filled": filled}
 
 
 class FillMask(Mode):
@@ -197,6 +210,7 @@ class FillMask(Mode):
                 ]
             )
         inside = best[(1 if self.vocabulary.bos_id is not None else 0) : -1]
+        inside = inside[inside != self.vocabulary.eos_id]  # a guess must not end the text
         return {"inputs": text, "prediction": self.vocabulary.decode(inside), "masks": masks}
 
     def _masks(self, ids: np.ndarray) -> np.ndarray:
@@ -255,6 +269,18 @@ def gaps(text: str, most: int | None = None) -> list[str]:
         expected = "one or more" if most is None else str(most)
         raise InputError(f"'{text}' has {len(parts) - 1} times {MASK}: expected {expected}")
     return [part.rstrip(" ") for part in parts[:-1]] + parts[-1:]
+
+
+def spliced(text: str, fillings: list[str]) -> str:
+    """The text with what was written for each `<mask>`: 'a <mask> b', [' c'] -> 'a c b'.
+
+    Some vocabularies write the space before a word, others don't; `gaps` has left it out.
+    """
+    first, *rest = text.split(MASK)
+    for filling, part in zip(fillings, rest, strict=True):
+        first = first if filling[:1].strip() else first.rstrip(" ")
+        first += filling + part
+    return first
 
 
 def joined(parts: list[str], marks: list[int], vocabulary: Vocabulary) -> np.ndarray:

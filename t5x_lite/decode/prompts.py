@@ -24,8 +24,7 @@ def of_batch(batch: Batch) -> dict[str, Array]:
     The place before the first weighted target is the prompt's last: it predicts that target.
     """
     if types.ENCODER_INPUT_TOKENS in batch:
-        keys = (types.ENCODER_INPUT_TOKENS, types.ENCODER_SEGMENT_IDS, types.ENCODER_POSITIONS)
-        return {key: batch[key] for key in keys if key in batch}
+        return {key: value for key, value in batch.items() if key.startswith("encoder_")}
     tokens, weights = batch[types.DECODER_INPUT_TOKENS], batch[types.DECODER_LOSS_WEIGHTS]
     real = batch.get(types.DECODER_SEGMENT_IDS, jnp.ones(tokens.shape, jnp.int32)) > 0
     length = jnp.sum(real & (jnp.cumsum(weights > 0, axis=1) == 0), axis=1, keepdims=True) + 1

@@ -90,22 +90,24 @@ def report(
 def report_pretraining(folder: str, fall: float | None, console: Any) -> list[Row]:
     """One pretraining run's held-out loss at its start and its end; see `report`."""
     losses = held_out_losses(folder)
+    name = os.path.basename(os.path.normpath(folder))
     if len(losses) < 2:
         raise InputError(f"'{folder}' has no evaluation after step 0 yet: finish the run first")
     fell = losses[0] - losses[-1]
     console.print(
         f"\n[bold]{folder}[/bold]: loss on held-out chapters {losses[0]:.3f} at the start, "
-        f"{losses[-1]:.3f} at the end: it fell by {fell:.3f}"
+        f"{losses[-1]:.3f} at the end: it fell by {fell:.3f}",
+        soft_wrap=True,
     )
-    metrics = {os.path.basename(folder): os.path.join(folder, "metrics.jsonl")}
+    metrics = {name: os.path.join(folder, "metrics.jsonl")}
     picture = plot_curves(metrics, os.path.join(folder, "pretraining.png"), title="Pretraining")
-    console.print(f"Curve: {picture}")
-    if fall is not None and fell < fall:
+    console.print(f"Curve: {picture}", soft_wrap=True)
+    if fall is not None and not fell >= fall:  # a loss that is not a number has not fallen
         raise InputError(
             f"the held-out loss of '{folder}' fell by {fell:.3f}, less than the {fall} that this "
             "run is known to reach"
         )
-    return [Row(os.path.basename(folder), {"loss": losses[-1]})]
+    return [Row(name, {"loss": losses[-1]})]
 
 
 def held_out_losses(run: str) -> list[float]:

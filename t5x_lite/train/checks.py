@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from t5x_lite.data.objectives.base import wrapping
 from t5x_lite.data.pipeline import Batches
 from t5x_lite.data.tasks import Mixture, Task
 from t5x_lite.data.vocabularies import Vocabulary
@@ -12,7 +13,7 @@ from t5x_lite.models.config_positions import Learned
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
 from t5x_lite.train.checkpoint import CheckpointPolicy, find_step
-from t5x_lite.train.evaluate import Evaluation
+from t5x_lite.train.evaluate import Evaluation, Generate
 from t5x_lite.train.session import Session
 from t5x_lite.types import InputError
 
@@ -65,6 +66,7 @@ def check_parts(
                 f"evaluation '{evaluation.name}' has another vocabulary than the training task"
             )
     check_streams(model, batches.task)
+    check_evaluations(model, evaluations)
     steps.check_trainable_batch(batches.batch(0, slice(0, 1)))
     _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
 
@@ -93,6 +95,41 @@ def check_streams(model: ModelConfig, task: Task | Mixture) -> None:
             f"one another, but the model has {'no' if pairs else 'a'} ModelConfig.pair_head: "
             "NextSentencePairs goes with models/pair_head.gin, and nothing else does"
         )
+
+
+def check_evaluations(model: ModelConfig, evaluations: Sequence[Evaluation]) -> None:
+    """Raises InputError unless the model reads the evaluations' streams, and writes what it may."""
+    for evaluation in evaluations:
+        task = evaluation.batches.task
+        try:
+            check_streams(model, task)
+        except InputError as error:
+            raise InputError(f"evaluation '{evaluation.name}': {error}") from error
+        if not isinstance(evaluation, Generate):
+            continue
+        if evaluation.max_tokens < 1:
+            raise InputError(
+                f"evaluation '{evaluation.name}': Generate.max_tokens={evaluation.max_tokens}: "
+                "expected at least 1"
+            )
+        if model.decoder is None:
+            raise InputError(
+                f"evaluation '{evaluation.name}' generates, but the model has no decoder: use "
+                "TeacherForced"
+            )
+        if not isinstance(model.decoder.positions, Learned):
+            continue
+        prompt = 1
+        if model.encoder is None:  # the inputs, with what they are wrapped in, behind the start
+            longest = task.limits[0] + wrapping(task.vocabulary) + 1
+            prompt = min(task.lengths["decoder"], longest)
+        needed, learned = prompt + evaluation.max_tokens - 1, model.decoder.positions.max_length
+        if needed > learned:
+            raise InputError(
+                f"evaluation '{evaluation.name}' generates up to {evaluation.max_tokens} tokens "
+                f"behind {prompt}, {needed} positions in all, but the model learns {learned}: "
+                "lower Generate.max_tokens, or shorten the task's rows"
+            )
 
 
 def find_resumed(model_dir: str, run: runs.Run) -> runs.Run | None:

@@ -106,7 +106,7 @@ def _read(path: str) -> Iterator[str]:
         return
     try:
         with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
+            lines = [line.rstrip("\n") for line in file]  # splitlines() would cut at U+2028 too
     except OSError as error:
         raise InputError(f"can't read infer.input '{path}': {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -119,6 +119,8 @@ def _read(path: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         try:
             text = json.loads(line)["inputs"]
+            if not isinstance(text, str):
+                raise TypeError(type(text))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}, line {number}: expected a JSON object with a text field 'inputs'"

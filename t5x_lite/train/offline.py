@@ -9,8 +9,8 @@ from typing import Literal
 import jax
 
 from t5x_lite.sharding import Partitioner
+from t5x_lite.train import checks, writers
 from t5x_lite.train import run as runs
-from t5x_lite.train import writers
 from t5x_lite.train.checkpoint import all_steps, find_step
 from t5x_lite.train.evaluate import Evaluation, Evaluator
 from t5x_lite.types import InputError
@@ -47,6 +47,7 @@ def evaluate_run(
                 f"evaluation '{evaluation.name}': its vocabulary is not the one that "
                 f"'{model_dir}' was trained with; use '{model_dir}/{runs.VOCABULARY_FILE}'"
             )
+    checks.check_evaluations(run.model, evaluations)
     steps = all_steps(model_dir) if step == "all" else [find_step(model_dir, step)]
     path = os.path.join(model_dir, "eval", "metrics.jsonl")
     names = {evaluation.name for evaluation in evaluations}

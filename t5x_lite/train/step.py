@@ -60,6 +60,9 @@ def asked(batch: Batch) -> tuple[Array, Array, Array | None]:
     segments = batch.get(types.ENCODER_SEGMENT_IDS)
     if segments is not None:
         segments = jnp.take_along_axis(segments, batch[types.MASKED_POSITIONS], axis=1)
+        # Numbered by their first slots, for a row may have more segments than slots.
+        alike = segments[:, :, None] == segments[:, None, :]
+        segments = (jnp.argmax(alike, axis=2).astype(jnp.int32) + 1) * (segments > 0)
     return batch[types.MASKED_TARGET_TOKENS], batch[types.MASKED_LOSS_WEIGHTS], segments
 
 

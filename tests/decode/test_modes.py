@@ -43,9 +43,7 @@ def ask(asked, texts):
 
 def test_masks_get_the_models_most_probable_tokens():
     asked = mode("bert", candidates=3)
-    asked = dataclasses.replace(
-        asked, model=Transformer(dataclasses.replace(asked.model.config, pair_head=None))
-    )
+    assert asked.model.config.pair_head is not None  # whose slot no mask may take
     texts = ["7 <mask> 8", "<mask> 9 <mask> 10 <mask>"]
     records, encoded, batch, params = ask(asked, texts)
     assert encoded[0].tolist() == [2, 7, 4, 8, 3]
@@ -61,6 +59,14 @@ def test_masks_get_the_models_most_probable_tokens():
     assert len(records[1]["masks"]) == 3
     assert records[0]["prediction"].startswith("7")
     assert records[0]["inputs"] == texts[0]
+
+
+def test_a_guess_of_eos_does_not_end_the_text():
+    asked = mode("bert")
+    ids = asked.encode("7 <mask> 8")
+    record = asked.record("7 <mask> 8", ids, (np.array([[3]]), np.array([[0.5]])))
+    assert record["prediction"] == "7 8"
+    assert record["masks"] == [[{"piece": "<3>", "probability": 0.5}]]
 
 
 def test_a_decoder_goes_on_from_its_prompt():
@@ -108,6 +114,34 @@ def test_a_mask_token_has_the_text_written_anew():
 
 def test_spaces_before_a_gap_go_and_those_behind_stay():
     assert modes.gaps("a <mask> b  <mask>.") == ["a", " b", "."]
+
+
+@pytest.mark.parametrize(
+    ("text", "fillings", "expected"),
+    [
+        ("a <mask> b", ["c"], "a c b"),  # SentencePiece writes no space before a text
+        ("a <mask> b", [" c"], "a c b"),  # bytes and byte-level BPE do
+        ("a <mask> b", [""], "a b"),
+        ("<mask>d<mask>.", [" c", "e"], " cde."),
+        ("a <mask> <mask>", ["<mask>", " b"], "a <mask> b"),  # what was written is no gap
+    ],
+)
+def test_fillings_are_spliced_with_one_space(text, fillings, expected):
+    assert modes.spliced(text, fillings) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"candidates": 0}, "infer.candidates=0: expected at least 1"),
+        ({"candidates": 97}, "infer.candidates=97: the model knows no more than 96"),
+        ({"new_tokens": 0}, "infer.max_tokens=0"),
+        ({"input_tokens": 0}, "infer.max_input_tokens=0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(mode("bert"), **changes)
 
 
 @pytest.mark.parametrize(

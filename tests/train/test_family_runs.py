@@ -105,6 +105,22 @@ def test_the_loss_is_that_of_the_slots():
     assert float(sums["denominator"]) == 8
 
 
+def test_segments_without_slots_leave_the_others_theirs():
+    """More segments in a row than slots, as whole-word masking may have it."""
+    batch = slots_batch() | {
+        types.ENCODER_SEGMENT_IDS: np.tile([1, 1, 2, 2, 3, 3, 4, 4, 5, 5], (4, 1)).astype(np.int32),
+        types.MASKED_POSITIONS: np.tile([4, 8, 9], (4, 1)).astype(np.int32),
+        types.MASKED_TARGET_TOKENS: np.full((4, 3), 7, np.int32),
+        types.MASKED_LOSS_WEIGHTS: np.ones((4, 3), np.float32),
+    }
+    logits = np.random.default_rng(2).normal(size=(4, 3, 96)).astype(np.float32)
+    entropy = -np.asarray(jax.nn.log_softmax(logits))[..., 7]
+    sums = Loss(normalisation=by_sequence)(jnp.asarray(logits), batch)
+    assert float(sums["denominator"]) == 8
+    expected = (entropy[:, 0] + entropy[:, 1:].mean(1)).sum()
+    np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_step_on_slots_moves_what_it_should(microbatches):
     config = dataclasses.replace(common.FAMILIES["bert"], pair_head=None)
@@ -170,6 +186,23 @@ def test_a_run_learns_and_its_fall_is_reported(runs, name, capsys):
     assert (runs / name / "pretraining.png").exists()
     with pytest.raises(InputError, match=r"fell by \d\.\d+, less than the 50"):
         demo.report(folder=str(runs / name), fall=50.0)
+
+
+def test_a_loss_that_is_not_a_number_has_not_fallen(tmp_path, runs):
+    for name in ("run.json", "metrics.jsonl"):
+        (tmp_path / name).write_text((runs / "bert" / name).read_text())
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 7, "held_out/loss": float("nan")}) + "\n")
+    with pytest.raises(InputError, match=r"fell by nan, less than the 0\.1"):
+        demo.report(folder=f"{tmp_path}/", fall=0.1)
+
+
+def test_a_run_without_a_second_evaluation_is_not_reported(tmp_path, runs):
+    first = (runs / "gpt" / "metrics.jsonl").read_text().splitlines()[0]
+    (tmp_path / "run.json").write_text((runs / "gpt" / "run.json").read_text())
+    (tmp_path / "metrics.jsonl").write_text(first + "\n")
+    with pytest.raises(InputError, match="no evaluation after step 0"):
+        demo.report(folder=str(tmp_path))
 
 
 def test_a_stopped_run_of_slots_ends_as_one_that_was_not(runs, vocabulary, texts, tmp_path):
@@ -271,6 +304,64 @@ def test_streams_that_do_not_fit_the_model_are_refused(vocabulary, texts):
     pairs = dataclasses.replace(BERT, pair_head=common.FAMILIES["bert"].pair_head)
     with pytest.raises(InputError, match="does not ask whether two texts follow"):
         checks.check_streams(pairs, masked)
+
+
+def generating(task, max_tokens=5):
+    task = dataclasses.replace(task, metrics=[lambda targets, predictions: {}])
+    return Generate(
+        name="texts", batches=EvaluationBatches(task, batch_size=8), max_tokens=max_tokens
+    )
+
+
+def pairs_task(vocabulary, texts, length):
+    return dataclasses.replace(
+        causal_task(vocabulary, texts, length), objective=TextToText(vocabulary)
+    )
+
+
+def test_evaluations_that_do_not_fit_the_model_are_refused(vocabulary, texts):
+    masked, pairs = masked_task(vocabulary, texts), pairs_task(vocabulary, texts, 24)
+    held = TeacherForced(name="held_out", batches=EvaluationBatches(masked, batch_size=8))
+    checks.check_evaluations(BERT, [held])
+    checks.check_evaluations(GPT, [generating(pairs)])
+    with pytest.raises(InputError, match="'held_out': the model has no encoder"):
+        checks.check_evaluations(GPT, [held])
+    with pytest.raises(InputError, match="'texts' generates, but the model has no decoder"):
+        checks.check_evaluations(BERT, [generating(masked)])
+    with pytest.raises(InputError, match="max_tokens=0: expected at least 1"):
+        checks.check_evaluations(GPT, [generating(pairs, 0)])
+    # 10 tokens of inputs, wrapped in two, behind the start.
+    checks.check_evaluations(GPT, [generating(pairs, 20)])
+    with pytest.raises(InputError, match=r"21 tokens behind 13, 33 positions in all, .* learns 32"):
+        checks.check_evaluations(GPT, [generating(pairs, 21)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.jsonl", '{"inputs": 5}\n', "line 1: expected a JSON object with a text field"),
+        ("in.jsonl", '{"inputs": "a"}\n[]\n', "line 2: expected a JSON object"),
+        ("in.txt", "", "is empty: expected one input a line"),
+    ],
+)
+def test_inputs_that_are_no_texts_are_refused(runs, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        infer.infer(
+            model_dir=str(runs / "gpt"),
+            input=str(tmp_path / name),
+            max_input_tokens=16,
+            max_tokens=4,
+            batch_size=2,
+            partitioner=harness.one_device(),
+        )
+
+
+def test_a_line_ends_with_a_line_feed_alone(tmp_path):
+    path = tmp_path / "in.jsonl"
+    text = "one\u2028line"
+    path.write_text(json.dumps({"inputs": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert list(infer._read(str(path))) == [text]
 
 
 def lm_batch(config, rows=8):
