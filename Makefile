@@ -66,10 +66,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: setup.py | $(VENV)/bin/python
 	@echo "Installing into $(VENV) (a minute or two) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,studies]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,serve,studies]'
 	@touch $@
 
 $(VENV)/.dev: setup.py | $(VENV)/bin/python
 	@echo "Installing into $(VENV) (a minute or two) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,studies,test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,serve,studies,test,dev]'
 	@touch $@ $(VENV)/.demo

@@ -22,6 +22,7 @@ from t5x_lite.decode import sampling
 from t5x_lite.evaluation import metrics
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
+from t5x_lite.serving import serve
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import demo
 from t5x_lite.train import (
@@ -124,6 +125,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     loop.train,
     offline.evaluate_run,
     infer.infer,
+    serve.serve,
     inspect.inspect_data,
     inspect.inspect_params,
     convert.convert,
