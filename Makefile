@@ -6,7 +6,7 @@ export JAX_PLATFORMS ?= cpu
 # Programs of one shape are compiled once and kept: the demo's runs share most of theirs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
-.PHONY: demo test test-slow lint install install-dev clean-demo
+.PHONY: demo test test-slow test-browser lint install install-dev clean-demo
 SEED ?= 0
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 TRAIN := $(BIN)/python scripts/train.py --gin.SEED=$(SEED)
@@ -47,10 +47,14 @@ clean-demo:
 	rm -rf $(DEMO) $(addprefix runs/demo_,bert gpt t5 bart)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not browser"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# Skipped where there is no Chromium with its driver. PICTURES=docs/images makes the pictures.
+test-browser: $(VENV)/.dev
+	PICTURES=$(PICTURES) $(BIN)/python -m pytest -m browser -rs tests/serving
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
