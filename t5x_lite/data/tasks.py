@@ -136,6 +136,11 @@ class Task:
         """The vocabulary's fingerprint, which a checkpoint remembers."""
         return self.vocabulary.fingerprint
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of what the objective asks a head to tell apart, in order; empty: it asks tokens."""
+        return tuple(getattr(self.objective, "labels", ()))
+
     def open(self, split: str) -> RandomAccess:
         """The split's raw records. Raises InputError for a split that the source doesn't have."""
         try:
@@ -259,6 +264,7 @@ class Mixture:
                 "lengths": dict(task.lengths) == dict(first.lengths),
                 "layout": task.layout is first.layout,
                 "token types": _has_token_types(task) == _has_token_types(first),
+                "labels": task.labels == first.labels,
                 "name (they must differ)": task.name != first.name,
             }
             for what, holds in same.items():
@@ -285,6 +291,10 @@ class Mixture:
     @property
     def lengths(self) -> Mapping[str, int]:
         return self.tasks[0].lengths
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.tasks[0].labels
 
     @property
     def fingerprint(self) -> str:

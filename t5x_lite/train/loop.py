@@ -95,7 +95,8 @@ def train(
     checks.check_best(checkpoints, evaluations, eval_period)
     transformation = session.optimizer(optimizer)
     state_shapes = session.state_shapes(transformation)
-    run = runs.Run(model, transform, vocabulary, vocabulary.fingerprint, initial, None, seed)
+    fingerprint, labels = vocabulary.fingerprint, batches.task.labels
+    run = runs.Run(model, transform, vocabulary, fingerprint, initial, None, seed, labels)
     resumed = checks.find_resumed(model_dir, run)
     if initial is not None and resumed is None:
         checks.check_vocabulary(runs.Run.read(initial.model_dir), vocabulary, initial.model_dir)

@@ -1,6 +1,6 @@
 """A run's folder: what is in it, and how to get its model back without gin.
 
-run.json            model, transform, vocabulary, base: enough to load the run
+run.json            model, transform, vocabulary, base, labels: enough to load the run
 config.gin          the operative config: enough to launch it again
 vocabulary.model    the vocabulary's file: a SentencePiece model or a tokenizer.json
 checkpoints/        see `checkpoint`
@@ -70,6 +70,7 @@ class Run:
     base: RunCheckpoint | None = None  # where frozen parameters come from
     base_fingerprint: str | None = None  # of the frozen parameters
     seed: int = 0  # what fresh weights were drawn from
+    labels: tuple[str, ...] = ()  # names of what a SequenceHead or TokenHead tells apart, in order
 
     def write(self, model_dir: str) -> None:
         """Writes `run.json` and the vocabulary's file beside it."""
@@ -84,6 +85,7 @@ class Run:
             "base": None if self.base is None else dataclasses.asdict(self.base),
             "base_fingerprint": self.base_fingerprint,
             "seed": self.seed,
+            "labels": list(self.labels),
         }
         temporary = os.path.join(model_dir, FILE + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
@@ -119,6 +121,7 @@ class Run:
                 base=None if base is None else RunCheckpoint(**base),
                 base_fingerprint=record["base_fingerprint"],
                 seed=record["seed"],
+                labels=tuple(record.get("labels", ())),  # runs of before had none
             )
         except (KeyError, TypeError) as error:
             raise InputError(
