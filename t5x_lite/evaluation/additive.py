@@ -18,7 +18,7 @@ from t5x_lite.types import InputError
 class Statistics(NamedTuple):
     """What a metric sums, and what it makes of the sum."""
 
-    rows: np.ndarray  # float64 [examples, k]
+    rows: np.ndarray  # float64 [examples, k], or [groups, k]: what a resample draws
     score: Callable[[np.ndarray], dict[str, float]]  # of a sum of rows, [k]
 
 

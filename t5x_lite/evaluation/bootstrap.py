@@ -8,7 +8,8 @@ how much of a score is owed to the choice of examples. It says nothing of other 
     {'exact_match': (72.0, 88.0)}
 
 Corpus metrics are scored again as corpus metrics, never as means over sentences. The resamples are
-a function of (seed, number of examples) alone, so that intervals of systems compare.
+a function of (seed, number of examples) alone, so that intervals of systems compare. (A metric of
+groups of examples, such as `several_answers`, has its groups drawn.)
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ def bootstrap_difference(
     """
     check_pairs(targets, predictions)
     check_pairs(targets, others)
-    score, other = (_scorer(metric, targets, texts) for texts in (predictions, others))
+    (score, size), (other, _) = (_scorer(metric, targets, t) for t in (predictions, others))
     drawn = []
-    for indices in _resamples(len(targets), samples, seed, level):
+    for indices in _resamples(size, samples, seed, level):
         one, two = score(indices), other(indices)
         drawn.append({name: one[name] - two[name] for name in one})
     return _percentiles(drawn, level)
@@ -106,22 +107,24 @@ def _measure(
     level: float,
 ) -> tuple[dict[str, float], Intervals]:
     check_pairs(targets, predictions)
-    score = _scorer(metric, targets, predictions)
-    drawn = [score(indices) for indices in _resamples(len(targets), samples, seed, level)]
-    return score(np.arange(len(targets))), _percentiles(drawn, level)
+    score, size = _scorer(metric, targets, predictions)
+    drawn = [score(indices) for indices in _resamples(size, samples, seed, level)]
+    return score(np.arange(size)), _percentiles(drawn, level)
 
 
 def _scorer(
     metric: Metric, targets: Sequence[Any], predictions: Sequence[Any]
-) -> Callable[[np.ndarray], dict[str, float]]:
-    """indices -> the metric's values on those examples."""
+) -> tuple[Callable[[np.ndarray], dict[str, float]], int]:
+    """(indices -> the metric's values on those examples, how many there are to draw from)."""
     statistics = getattr(metric, "statistics", None)
     if statistics is None:
-        return lambda indices: metric(
-            [targets[i] for i in indices], [predictions[i] for i in indices]
-        )
+
+        def again(indices: np.ndarray) -> dict[str, float]:
+            return metric([targets[i] for i in indices], [predictions[i] for i in indices])
+
+        return again, len(targets)
     rows, score = statistics(targets, predictions)
-    return lambda indices: score(np.bincount(indices, minlength=len(rows)) @ rows)
+    return lambda indices: score(np.bincount(indices, minlength=len(rows)) @ rows), len(rows)
 
 
 def _resamples(size: int, samples: int, seed: int, level: float) -> Iterator[np.ndarray]:
