@@ -19,8 +19,9 @@ from t5x_lite.data.objectives.base import wrap
 from t5x_lite.decode.asking import Prompt
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.prompts import pad_right
+from t5x_lite.decode.sampling import Strategy
 from t5x_lite.models.config_heads import POOLINGS
-from t5x_lite.types import Batch, InputError, Params
+from t5x_lite.types import Array, Batch, InputError, Params
 
 Item: TypeAlias = Mapping[str, Any]  # `inputs`, a text, and what else its record held
 
@@ -36,6 +37,8 @@ class Options:
     prompt: Prompt | None = None  # None: as the model was trained to be asked
     mode_token: Literal["R", "S", "X"] | None = None  # UL2's, before the text
     pooling: Literal["first", "last", "mean"] | None = None  # None: the head's, or the mean
+    strategy: Strategy | None = None  # of what is generated; None: greedy
+    seed: int = 0  # of what is drawn
     stop: tuple[str, ...] = ()  # texts that end what is generated, themselves left out
 
     def __post_init__(self) -> None:
@@ -91,8 +94,11 @@ class Mode(abc.ABC):
         """The batch of rows, none longer than `length`; None only fills the batch up."""
 
     @abc.abstractmethod
-    def compute(self, params: Params, batch: Batch) -> Any:
-        """What the model says to a batch; traceable. Arrays with the batch's rows first."""
+    def compute(self, params: Params, batch: Batch, numbers: Array) -> Any:
+        """What the model says to a batch; traceable. Arrays with the batch's rows first.
+
+        `numbers` int32 `[b, 1]` are the inputs', for what is drawn.
+        """
 
     @abc.abstractmethod
     def record(self, item: Item, row: Row, answer: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from t5x_lite.data.objectives.base import wrap
 from t5x_lite.decode.fill_mask import fill_mask
 from t5x_lite.decode.modes.base import Item, Reading, Row
 from t5x_lite.decode.modes.gaps import gaps, joined
-from t5x_lite.types import Batch, InputError, Params
+from t5x_lite.types import Array, Batch, InputError, Params
 
 
 class FillMask(Reading):
@@ -51,7 +51,7 @@ class FillMask(Reading):
                 slots[place, : len(row.notes)] = row.notes
         return {**super().rows(rows, length), types.MASKED_POSITIONS: slots}
 
-    def compute(self, params: Params, batch: Batch) -> Any:
+    def compute(self, params: Params, batch: Batch, numbers: Array) -> Any:
         return fill_mask(
             self.loaded.model,
             params,

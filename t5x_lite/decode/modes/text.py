@@ -14,7 +14,7 @@ from t5x_lite.decode.greedy import greedy
 from t5x_lite.decode.modes.base import Item, Mode, Row
 from t5x_lite.decode.modes.gaps import MASK, after_sentinels, gaps, joined, spliced
 from t5x_lite.decode.prompts import pad_left, pad_right
-from t5x_lite.types import Batch, InputError, Params
+from t5x_lite.types import Array, Batch, InputError, Params
 
 _UL2 = ("R", "S", "X")
 
@@ -23,7 +23,7 @@ class Generate(Mode):
     """An encoder-decoder answers the text; a decoder alone goes on from it, or answers it."""
 
     name: ClassVar[str] = "generate"
-    takes: ClassVar[tuple[str, ...]] = ("prefix", "prompt", "mode_token", "stop")
+    takes: ClassVar[tuple[str, ...]] = ("prefix", "prompt", "mode_token", "strategy", "stop")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +86,7 @@ class Generate(Mode):
             batch[types.DECODER_PREFIX] = batch[types.DECODER_SEGMENT_IDS]
         return batch
 
-    def compute(self, params: Params, batch: Batch) -> Any:
+    def compute(self, params: Params, batch: Batch, numbers: Array) -> Any:
         vocabulary = self.loaded.vocabulary
         return greedy(
             self.loaded.model,
@@ -106,7 +106,7 @@ class Rewrite(Generate):
     """A model trained as BART reads masks in the gaps, and writes the text anew."""
 
     name: ClassVar[str] = "infill"
-    takes: ClassVar[tuple[str, ...]] = ("prefix", "prompt")
+    takes: ClassVar[tuple[str, ...]] = ("prefix", "prompt", "strategy")
 
     def encode(self, item: Item) -> Row:
         vocabulary = self.loaded.vocabulary
@@ -123,7 +123,7 @@ class FillSentinels(Generate):
     """A model trained by span corruption writes each gap's contents behind its sentinel."""
 
     name: ClassVar[str] = "infill"
-    takes: ClassVar[tuple[str, ...]] = ("prefix", "prompt", "mode_token")
+    takes: ClassVar[tuple[str, ...]] = ("prefix", "prompt", "mode_token", "strategy")
 
     def encode(self, item: Item) -> Row:
         vocabulary = self.loaded.vocabulary
@@ -142,7 +142,7 @@ class FillGap(Generate):
     """A decoder trained to fill in the middle writes what belongs at the one `<mask>`."""
 
     name: ClassVar[str] = "infill"
-    takes: ClassVar[tuple[str, ...]] = ("prefix", "stop")
+    takes: ClassVar[tuple[str, ...]] = ("prefix", "strategy", "stop")
 
     def encode(self, item: Item) -> Row:
         vocabulary = self.loaded.vocabulary

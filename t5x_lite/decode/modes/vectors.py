@@ -24,7 +24,7 @@ class Embed(Reading):
     name: ClassVar[str] = "embed"
     takes: ClassVar[tuple[str, ...]] = ("prefix", "pooling")
 
-    def compute(self, params: Params, batch: Batch) -> Any:
+    def compute(self, params: Params, batch: Batch, numbers: Array) -> Any:
         head = self.loaded.model.config.head
         head = head if isinstance(head, EmbeddingHead) else EmbeddingHead(normalise=False)
         pooling = self.options.pooling or head.pooling
