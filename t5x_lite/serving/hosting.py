@@ -18,6 +18,8 @@ import numpy as np
 from t5x_lite import trees
 from t5x_lite.decode import modes
 from t5x_lite.decode.loaded import Loaded
+from t5x_lite.decode.modes.asker import Asker
+from t5x_lite.decode.modes.gaps import MASK
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_positions import Learned
 from t5x_lite.serving import requests
@@ -25,7 +27,7 @@ from t5x_lite.serving.simple_engine import Engine, Request
 from t5x_lite.types import InputError, Params
 
 BASE: Final = ""  # the model without an adapter, among their names
-NAMES: Final = ("generate", "infill", "fill_mask", "embed")
+NAMES: Final[tuple[modes.Name, ...]] = ("generate", "infill", "fill_mask", "embed")
 MAX_CANDIDATES: Final = 20
 _ROOM: Final = 512  # tokens in, and tokens out, where the model says nothing
 _SHORTEST: Final = 16  # of the lengths that rows are padded to
@@ -51,7 +53,7 @@ class Host:
         512.
       new_tokens: the most that may be generated; None: likewise.
 
-    Raises InputError for sizes that the model can't have, and for a model that has nothing to say.
+    Raises InputError for sizes that the model can't have.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class Host:
         self._models = dict(models)
         self._config = self._models[BASE].model.config
         self.input_tokens, self.new_tokens = room(self._config, input_tokens, new_tokens)
+        options = modes.Options(
+            max_input_tokens=self.input_tokens,
+            max_tokens=self.new_tokens,
+            candidates=self._most_candidates,
+        )
         self._modes = {
-            adapter: {kind: self._mode(loaded, kind) for kind in NAMES if _can(loaded, kind)}
-            for adapter, loaded in self._models.items()
+            adapter: _offered(loaded, options) for adapter, loaded in self._models.items()
         }
-        if not self._modes[BASE]:
-            modes.choose(self._config, None)  # says why
 
     def describe(self) -> dict[str, Any]:
         """What the model is and can do, for `/api/model`."""
@@ -123,11 +127,11 @@ class Host:
                 f"max_tokens={asked.max_tokens}: this server makes at most {self.new_tokens}"
             )
         strategy = asked.how
-        tokens = self._encode(mode, asked.prompt)
-        request = Request(tokens, asked.max_tokens or self.new_tokens, strategy, asked.seed)
+        row = _encode(mode, asked.prompt)
+        request = Request(row.ids, asked.max_tokens or self.new_tokens, strategy, asked.seed)
 
         def record(made: np.ndarray) -> dict[str, Any]:
-            found = mode.record(asked.prompt, tokens, made)
+            found = mode.record({"inputs": asked.prompt}, row, made)
             return {"text": found["prediction"], "filled": found.get("filled")}
 
         return Answer(adapter, request, self._models[adapter].text, record)
@@ -139,24 +143,24 @@ class Host:
             raise InputError(
                 f"candidates={asked.candidates}: expected 1 to {self._most_candidates}"
             )
-        ids = self._encode(mode, asked.text)
+        row = _encode(mode, asked.text)
 
         def answer() -> dict[str, Any]:
-            (row,) = self._compute(adapter, "fill_mask", [ids])
-            found = mode.record(asked.text, ids, row)
-            masks = [candidates[: asked.candidates] for candidates in found["masks"]]
-            return {"text": found["prediction"], "masks": masks}
+            ((found,),) = self._asker(adapter, "fill_mask").answers([row])
+            record = mode.record({"inputs": asked.text}, row, found)
+            masks = [candidates[: asked.candidates] for candidates in record["masks"]]
+            return {"text": record["prediction"], "masks": masks}
 
         return answer
 
     def embed(self, asked: requests.Embed) -> Callable[[], dict[str, Any]]:
         """Answers when it is called. Raises InputError."""
         adapter, mode = self._find("embed", asked.adapter)
-        encoded = [self._encode(mode, text) for text in asked.texts]
+        rows = [_encode(mode, text) for text in asked.texts]
 
         def answer() -> dict[str, Any]:
-            rows = self._compute(adapter, "embed", encoded)
-            vectors: np.ndarray = np.stack([np.asarray(row, np.float32) for row in rows])
+            parts = self._asker(adapter, "embed").answers(rows)
+            vectors: np.ndarray = np.stack([x for part in parts for x in part]).astype(np.float32)
             lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
             directions = vectors / np.maximum(lengths, 1e-12)
             cosines = directions @ directions.T
@@ -168,16 +172,6 @@ class Host:
     def _most_candidates(self) -> int:
         return min(MAX_CANDIDATES, self._config.vocab_size)
 
-    def _mode(self, loaded: Loaded, kind: modes.Name) -> modes.Mode:
-        chosen = modes.choose(loaded.model.config, kind)
-        return chosen(
-            loaded.model,
-            loaded.vocabulary,
-            self.input_tokens,
-            self.new_tokens,
-            self._most_candidates,
-        )
-
     def _find(self, kind: modes.Name, adapter: str | None) -> tuple[str, modes.Mode]:
         name = BASE if adapter is None else adapter
         if name not in self._models:
@@ -187,65 +181,54 @@ class Host:
             raise InputError(f"'{self._name}' can't {kind}: it does {', '.join(self._modes[name])}")
         return name, self._modes[name][kind]
 
-    def _encode(self, mode: modes.Mode, text: str) -> np.ndarray:
-        """The text's ids. Raises InputError for an empty text, and one that is too long."""
-        if not text.strip():
-            raise InputError("the text is empty: write something")
-        return mode.encode(text)
-
-    def _compute(self, adapter: str, kind: modes.Name, encoded: list[np.ndarray]) -> list[Any]:
-        """What the mode computes for each row, padded to one of few shapes."""
-        loaded = self._models[adapter]
-        longest = max(len(ids) for ids in encoded)
-        length = next(size for size in buckets(self.input_tokens) if size >= longest)
-        count = loaded.partitioner.batch_shards
-        while count < len(encoded):
-            count *= 2
-        mode, program = self._program(adapter, kind, length)
-        # What fills the batch up has to be a text too: a row must see something.
-        batch = mode.rows([*encoded, *encoded[:1] * (count - len(encoded))])
-        with loaded.partitioner.activate():
-            answers = program(loaded.params, loaded.partitioner.put_batch(batch, count))
-        answers = jax.device_get(answers)
-        return [jax.tree.map(lambda leaf, i=i: leaf[i], answers) for i in range(len(encoded))]
-
     @functools.cache  # noqa: B019 (a server has one host)
-    def _program(self, adapter: str, kind: modes.Name, length: int) -> tuple[modes.Mode, Any]:
-        mode = dataclasses.replace(self._modes[adapter][kind], input_tokens=length)
-        return mode, modes.program(mode, self._models[adapter].partitioner.replicated)
+    def _asker(self, adapter: str, kind: modes.Name) -> Asker:
+        return Asker(self._modes[adapter][kind], self._models[adapter].partitioner.batch_shards)
 
 
-def _can(loaded: Loaded, kind: modes.Name) -> bool:
+def _offered(loaded: Loaded, options: modes.Options) -> dict[modes.Name, modes.Mode]:
+    """What the model does. Raises InputError for sizes that it can't have."""
+    least = dataclasses.replace(options, max_input_tokens=1, max_tokens=1, candidates=1)
+    found: dict[modes.Name, modes.Mode] = {}
+    for name in NAMES:
+        try:
+            modes.make(loaded, name, least)
+        except InputError:
+            continue  # whatever the sizes
+        try:
+            found[name] = modes.make(loaded, name, options)
+        except InputError as error:
+            raise InputError(str(error).replace("infer.", "serve.")) from error
+    if "infill" in found:
+        try:
+            found["infill"].encode({"inputs": MASK})
+        except InputError:  # its vocabulary has nothing to mark a gap with
+            del found["infill"]
+    return found
+
+
+def _encode(mode: modes.Mode, text: str) -> modes.Row:
+    """Raises InputError for an empty text, and for one that is too long."""
+    if not text.strip():
+        raise InputError("the text is empty: write something")
     try:
-        modes.choose(loaded.model.config, kind)
-    except InputError:
-        return False
-    return True
+        return mode.encode({"inputs": text})
+    except InputError as error:
+        raise InputError(str(error).replace("infer.", "")) from error
 
 
 def room(config: ModelConfig, input_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
-    """The longest input and the most new tokens, of what is given and what the model allows.
-
-    Raises InputError where the two don't fit the positions that a model learned.
-    """
+    """The longest input and the most new tokens: what is given, or what the model allows."""
     for name, size in {"max_input_tokens": input_tokens, "max_tokens": new_tokens}.items():
         if size is not None and size < 1:
             raise InputError(f"serve.{name}={size}: expected at least 1")
     if config.encoder is not None or config.decoder is None:
-        found = (
-            min(_ROOM, _learned(config.encoder)) if input_tokens is None else input_tokens,
-            min(_ROOM, _learned(config.decoder)) if new_tokens is None else new_tokens,
-        )
-    else:
-        both = min(2 * _ROOM, _learned(config.decoder))
-        given = next((size for size in (input_tokens, new_tokens) if size is not None), both // 2)
-        rest = max(1, both - given)
-        found = (
-            (given if new_tokens is None else rest) if input_tokens is None else input_tokens,
-            (rest) if new_tokens is None else new_tokens,
-        )
-    modes.check_lengths(config, *found)
-    return found
+        read, written = (min(_ROOM, _learned(one)) for one in (config.encoder, config.decoder))
+        return input_tokens or read, new_tokens or written
+    both = min(2 * _ROOM, _learned(config.decoder))  # in one row
+    if input_tokens is None:
+        input_tokens = max(1, both - (new_tokens or both // 2))
+    return input_tokens, new_tokens or max(1, both - input_tokens)
 
 
 def _learned(stack: Any) -> int:

@@ -122,7 +122,7 @@ class Worker:
                     ticket = self._calls.popleft()
                     self._finish(ticket, _outcome(ticket))
         except Exception as error:
-            # What an engine holds after a failed step, nobody knows: better no answer than a wrong one.
+            # Nobody knows what an engine holds after a failed step: no answer beats a wrong one.
             logging.exception("the thread of the model has stopped")
             self._stopped = repr(error)
         finally:

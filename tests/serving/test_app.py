@@ -348,7 +348,7 @@ def test_a_client_that_leaves_frees_its_place(echo, stream):
 
 
 def test_a_stop_string_frees_the_place_before_the_engine_is_done(echo):
-    client, worker, engine = echo
+    client, worker, _ = echo
     found = post(client, "generate", prompt="alpha beta gamma", stop=["beta"]).json()
     assert (found["text"], found["finished"]) == ("<unk> alpha ", "stop")
     wait_for(lambda: worker.held == 0)
