@@ -132,7 +132,7 @@ class Page:
 def test_typing_streaming_and_cancelling(browser, gpt2):
     engine = EchoEngine()
     with Page(browser, gpt2, {"": engine, "tuned": engine}).open() as page:
-        assert page.browser.title == "small · t5x_lite"
+        assert page.browser.title == "small - t5x_lite"
         assert "decoder" in page.one("#about").text
         assert [tab.text for tab in page.all("[role=tab]")] == ["Generate", "Fill gaps"]
         engine.held.set()
