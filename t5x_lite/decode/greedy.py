@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite import types
-from t5x_lite.models.transformer import Transformer
+from t5x_lite.models.transformer import Transformer, for_decoding
 from t5x_lite.types import Array, Batch, Params
 
 
@@ -53,6 +53,8 @@ def greedy(
     first_batch = {**batch, types.MASKED_POSITIONS: jnp.full((rows, 1), prompt - 1, jnp.int32)}
     capacity = prompt + max_tokens - 1  # the last token is never fed
     logits, cache = model.apply(variables, first_batch, capacity, method="prefill")
+
+    variables = {"params": for_decoding(params)}
 
     def choose(logits: Array, ended: Array) -> tuple[Array, Array]:
         token = jnp.argmax(logits[:, -1].astype(jnp.float32), axis=-1).astype(jnp.int32)
