@@ -17,13 +17,13 @@ import numpy as np
 
 from t5x_lite import trees
 from t5x_lite.decode import modes
+from t5x_lite.decode.engine import Engine, Request
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.modes.asker import Asker
 from t5x_lite.decode.modes.gaps import MASK
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_positions import Learned
 from t5x_lite.serving import requests
-from t5x_lite.serving.simple_engine import Engine, Request
 from t5x_lite.types import InputError, Params
 
 BASE: Final = ""  # the model without an adapter, among their names
@@ -101,7 +101,7 @@ class Host:
             return {}
         capacity = self.new_tokens
         if self._config.encoder is None:
-            capacity += self.input_tokens
+            capacity += self.input_tokens - 1  # the last new token is never fed
         return {
             adapter: Engine(
                 loaded,

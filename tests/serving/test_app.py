@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import random
 import socket
@@ -15,8 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import types
 from t5x_lite.decode.greedy import greedy
+from t5x_lite.decode.prompts import pad_left
 from t5x_lite.serving import app
 from t5x_lite.serving.hosting import BASE, Host
 from t5x_lite.serving.serve import open_all
@@ -25,7 +26,8 @@ from tests import folders
 from tests.serving.common import EchoEngine, OneDevice, running, wait_for
 
 WORDS = ("alpha", "beta", "gamma", "delta", "zeta")
-PROMPT = "alpha beta"
+PROMPTS = [" ".join(WORDS[k : k + length]) for length in (2, 3, 5) for k in range(6 - length)]
+PROMPT = PROMPTS[0]
 
 
 @pytest.fixture(scope="module")
@@ -90,29 +92,25 @@ def refused(response, status, message):
     assert message in response.json()["error"]
 
 
-def direct(host, prompts, adapter=BASE):
-    """Greedy continuations without a server, each alone in its row and without padding."""
-    loaded = host._models[adapter]
-    vocabulary = loaded.vocabulary
+@pytest.fixture(scope="module")
+def direct(gpt2):
+    """By adapter and prompt, greedy continuations without a server."""
+    encoded = {text: gpt2._modes[BASE]["generate"].encode({"inputs": text}).ids for text in PROMPTS}
+    batch = pad_left(list(encoded.values()), gpt2.input_tokens)
 
-    @jax.jit
-    def program(params, tokens):
-        return greedy(
+    def texts(name):
+        loaded = gpt2._models[name or BASE]
+        program = functools.partial(
+            greedy,
             loaded.model,
-            params,
-            {types.DECODER_INPUT_TOKENS: tokens},
-            max_tokens=host.new_tokens,
-            eos_id=vocabulary.eos_id,
-            pad_id=vocabulary.pad_id,
+            max_tokens=gpt2.new_tokens,
+            eos_id=loaded.vocabulary.eos_id,
+            pad_id=loaded.vocabulary.pad_id,
         )
+        made = np.asarray(jax.jit(program)(loaded.params, batch))
+        return dict(zip(encoded, map(loaded.text, made), strict=True))
 
-    texts = {}
-    encoded = {text: [vocabulary.start_id, *vocabulary.encode(text)] for text in prompts}
-    for length in {len(ids) for ids in encoded.values()}:
-        same = [text for text, ids in encoded.items() if len(ids) == length]
-        made = program(loaded.params, np.array([encoded[text] for text in same], np.int32))
-        texts |= {text: loaded.text(row) for text, row in zip(same, np.asarray(made), strict=True)}
-    return texts
+    return {name: texts(name) for name in (None, "tuned")}
 
 
 # What is answered
@@ -146,8 +144,8 @@ def test_the_page_asks_nobody_else(decoder):
     assert "innerHTML" not in page.text
 
 
-def test_streamed_or_whole_a_text_is_the_greedy_one(decoder, gpt2):
-    expected = direct(gpt2, [PROMPT])[PROMPT]
+def test_streamed_or_whole_a_text_is_the_greedy_one(decoder, direct):
+    expected = direct[None][PROMPT]
     whole = post(decoder, "generate", prompt=PROMPT).json()
     assert whole["text"] == expected
     with decoder.stream(
@@ -160,13 +158,12 @@ def test_streamed_or_whole_a_text_is_the_greedy_one(decoder, gpt2):
     assert len(pieces) > 1
 
 
-def test_an_adapter_is_switched_on_by_its_name(decoder, gpt2):
+def test_an_adapter_is_switched_on_by_its_name(decoder, direct):
     texts = {
         name: post(decoder, "generate", prompt=PROMPT, adapter=name).json()["text"]
         for name in (None, "tuned")
     }
-    assert texts["tuned"] == direct(gpt2, [PROMPT], "tuned")[PROMPT]
-    assert texts[None] == direct(gpt2, [PROMPT])[PROMPT]
+    assert texts == {name: direct[name][PROMPT] for name in texts}
     assert texts["tuned"] != texts[None]
 
 
@@ -386,12 +383,10 @@ def test_an_error_nobody_foresaw_keeps_its_details_to_itself(gpt2, caplog):
 # Under load
 
 
-def test_two_hundred_requests_from_sixteen_clients_lose_nothing(decoder, gpt2):
+def test_two_hundred_requests_from_sixteen_clients_lose_nothing(decoder, direct):
     rng = random.Random(0)
-    prompts = [" ".join(rng.choices(WORDS, k=rng.choice((2, 5)))) for _ in range(12)]
-    expected = {name: direct(gpt2, prompts, name or BASE) for name in (None, "tuned")}
     asked = [
-        {"prompt": rng.choice(prompts), "adapter": name, "stream": rng.random() < 0.5}
+        {"prompt": rng.choice(PROMPTS), "adapter": name, "stream": rng.random() < 0.5}
         for name in rng.choices((None, "tuned"), k=200)
     ]
     local = threading.local()
@@ -407,7 +402,7 @@ def test_two_hundred_requests_from_sixteen_clients_lose_nothing(decoder, gpt2):
         found = list(pool.map(ask, asked))
     assert len(found) == 200
     assert [one["text"] for one in found] == [
-        expected[fields["adapter"]][fields["prompt"]] for fields in asked
+        direct[fields["adapter"]][fields["prompt"]] for fields in asked
     ]
     assert collections.Counter(one["finished"] for one in found)["stop"] == 0
     assert decoder.get("/health").json() == {"status": "ok", "requests": 0}

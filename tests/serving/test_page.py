@@ -18,7 +18,6 @@ from t5x_lite.serving import app
 from t5x_lite.serving.hosting import Host
 from t5x_lite.serving.serve import open_all
 from t5x_lite.serving.worker import Worker
-from t5x_lite.sharding import Partitioner
 from tests import folders
 from tests.serving.common import EchoEngine, OneDevice, running, wait_for
 
@@ -134,7 +133,7 @@ def test_typing_streaming_and_cancelling(browser, gpt2):
     with Page(browser, gpt2, {"": engine, "tuned": engine}).open() as page:
         assert page.browser.title == "small - t5x_lite"
         assert "decoder" in page.one("#about").text
-        assert [tab.text for tab in page.all("[role=tab]")] == ["Generate", "Fill gaps"]
+        assert [tab.text for tab in page.all("[role=tab]")] == ["Generate", "Fill gaps", "Embed"]
         engine.held.set()
         page.type("#prompt", "alpha beta gamma")
         page.ask()
@@ -259,7 +258,7 @@ def test_an_encoders_page(browser, scratch):
         (
             "demo/pretrained",
             {"kjv_to_bbe": "demo/lora"},
-            "And the LORD said unto Moses,",
+            "And God said, Let there be light: and there was light.",
             "serve_adapters.png",
         ),
         ("demo_gpt", {}, "And it came to pass, when", "serve.png"),
@@ -268,7 +267,7 @@ def test_an_encoders_page(browser, scratch):
 def test_pictures_for_the_docs(browser, run, adapters, prompt, picture):
     runs = ROOT / os.environ.get("RUNS", "runs")
     adapters = {name: str(runs / folder) for name, folder in adapters.items()}
-    host = Host(Path(run).name, open_all(str(runs / run), adapters, None, Partitioner()))
+    host = Host(Path(run).name, open_all(str(runs / run), adapters, None, OneDevice()))
     with Page(browser, host, host.engines(slots=8)).open() as page:
         for box in page.all("#adapters input:not(:checked)"):
             box.click()
@@ -280,7 +279,7 @@ def test_pictures_for_the_docs(browser, run, adapters, prompt, picture):
         page.answered()
         assert page.error() is None
         height = page.browser.execute_script("return document.body.scrollHeight")
-        page.browser.set_window_size(1000, max(500, height + 120))
+        page.browser.set_window_size(1000, max(500, height + 170))
         os.makedirs(PICTURES, exist_ok=True)
         page.browser.save_screenshot(os.path.join(PICTURES, picture))
         page.browser.set_window_size(1000, 760)
