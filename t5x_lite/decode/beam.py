@@ -2,8 +2,8 @@
 
 | | Hugging Face's `generate` ("hf") | T5X's `beam_search` ("t5x") |
 |---|---|---|
-| a text's score: its summed log-probability | / length ** penalty | / ((5 + length) / 6) ** penalty |
-| ends by eos, if it ranks among | the first `beams` candidates | all candidates |
+| the summed log-probability is divided by | length ** penalty | ((5 + length) / 6) ** penalty |
+| texts end by eos, if they rank among | the first `beams` candidates | all candidates |
 | the longest texts | count as ended | count where a row has no other |
 | a row's search stops | see `BeamSearch.early_stopping` | when no text can be better |
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
@@ -219,30 +218,33 @@ def _take(x: Array, places: Array) -> Array:
 
 
 def _for_beams(cache: Cache, beams: int) -> Cache:
-    """A cache of b rows as one of b * k rows, but for what the encoder wrote."""
+    """A cache of b rows as one of b * k rows, but for what the encoder wrote: beams share it."""
 
-    def repeat(x: Any, axis: int) -> Any:
-        return None if x is None else jnp.repeat(x, beams, axis=axis)
+    def repeat(x: Array) -> Array:
+        return jnp.repeat(x, beams, axis=0)
 
-    written = jax.tree.map(lambda x: repeat(x, 1), cache.layers.self_attention)
+    cache = _of_texts(cache, repeat)
+    segments = cache.segment_ids
     return dataclasses.replace(
         cache,
-        layers=dataclasses.replace(cache.layers, self_attention=written),
-        positions=repeat(cache.positions, 0),
-        segment_ids=repeat(cache.segment_ids, 0),
+        positions=repeat(cache.positions),
+        segment_ids=None if segments is None else repeat(segments),
     )
 
 
 def _of_parents(cache: Cache, parents: Array) -> Cache:
     """Each beam's keys and values become those of its parent `[b, k]` in the same row."""
-    rows, beams = parents.shape
 
     def take(x: Array) -> Array:
-        split = x.reshape(x.shape[0], rows, beams, *x.shape[2:])
-        places = parents.reshape(1, rows, beams, *(1,) * (x.ndim - 2))
-        return jnp.take_along_axis(split, places, axis=2).reshape(x.shape)
+        return _take(x.reshape(*parents.shape, *x.shape[1:]), parents).reshape(x.shape)
 
-    written = jax.tree.map(take, cache.layers.self_attention)
-    return dataclasses.replace(
-        cache, layers=dataclasses.replace(cache.layers, self_attention=written)
-    )
+    return _of_texts(cache, take)
+
+
+def _of_texts(cache: Cache, change: Callable[[Array], Array]) -> Cache:
+    """`cache` with a change to all that the decoder wrote, arrays with the rows first."""
+    layers = [
+        dataclasses.replace(layer, self_attention=jax.tree.map(change, layer.self_attention))
+        for layer in cache.layers
+    ]
+    return dataclasses.replace(cache, layers=tuple(layers))

@@ -16,7 +16,7 @@ from t5x_lite import types
 from t5x_lite.decode import beam, sampling
 from t5x_lite.decode.sampling import BeamSearch, Greedy, Sampling, Strategy
 from t5x_lite.models.cache import Cache
-from t5x_lite.models.transformer import Transformer
+from t5x_lite.models.transformer import Transformer, for_decoding
 from t5x_lite.types import Array, Batch, InputError, Params
 
 
@@ -57,14 +57,23 @@ def generate(
     Raises:
       InputError: sampling without a key, a model that writes nothing, too many beams.
     """
-    ids = {"eos_id": eos_id, "pad_id": pad_id, "start_id": start_id}
     if isinstance(strategy, BeamSearch):
-        found = search_beams(model, params, batch, strategy=strategy, max_tokens=max_tokens, **ids)
+        found = search_beams(
+            model,
+            params,
+            batch,
+            strategy=strategy,
+            max_tokens=max_tokens,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            start_id=start_id,
+        )
         return found.tokens[:, 0]
     if isinstance(strategy, Sampling) and rng is None:
         raise InputError("generate draws tokens for Sampling: give it `rng`, a jax.random.key")
     logits, cache, seen = _prefill(model, params, batch, strategy, max_tokens, pad_id, start_id)
     rows = logits.shape[0]
+    params = for_decoding(params)
     keys = None if rng is None else sampling.row_keys(rng, rows)
     eos_ids = _tuple(eos_id)
 
@@ -106,6 +115,7 @@ def search_beams(
 ) -> beam.Beams:
     """All beams with their scores, the best first; arguments as `generate`'s."""
     logits, cache, seen = _prefill(model, params, batch, strategy, max_tokens, pad_id, start_id)
+    params = for_decoding(params)
     return beam.search(
         lambda tokens, cache: _extend(model, params, tokens, cache),
         logits,

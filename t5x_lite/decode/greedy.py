@@ -18,5 +18,12 @@ def greedy(
     start_id: int | None = None,
 ) -> Array:
     """`generate` with `Greedy()`: see there."""
-    ids = {"eos_id": eos_id, "pad_id": pad_id, "start_id": start_id}
-    return generate(model, params, batch, max_tokens=max_tokens, **ids)
+    return generate(
+        model,
+        params,
+        batch,
+        max_tokens=max_tokens,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        start_id=start_id,
+    )
