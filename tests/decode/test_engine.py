@@ -125,7 +125,6 @@ def test_draws_depend_on_the_request_alone():
     together = dict(made.run(drawn))
     again = dict(made.run([*requests(2), *drawn[::-1]]))  # other slots, other neighbours
     assert [again[2 + i] for i in range(5)] == [together[4 - i] for i in range(5)]
-    print(together)
     assert len({tuple(tokens) for tokens in together.values()}) == 5
     assert len(set(together[3])) == NEW  # a penalty that lets nothing come twice
     assert together[4] == answers("t5", drawn[4:])[0]
