@@ -28,6 +28,7 @@ EVERYTHING = LoRA(
         ".*/(wi_0|wi_1)/kernel",
         "token_embedding/embedding",
         "lm_head/kernel",
+        ".*/relative_bias/embedding",
     ),
 )
 TIED = dataclasses.replace(common.BERT, encoder=dataclasses.replace(common.STACK, unroll=2))
@@ -210,7 +211,11 @@ def test_freezing_trains_what_it_names_and_keeps_the_rest():
         ),
         (
             lambda: Session(common.T5, LoRA(targets=(".*_norm/scale",))).split_shapes,
-            "is a vector .* LoRA needs a matrix",
+            "is not a matrix",
+        ),
+        (
+            lambda: Session(common.FAMILIES["bert"], LoRA(targets=(".*/query/bias",))).split_shapes,
+            "'encoder/layers/self_attention/query/bias' .* is not a matrix",
         ),
         (lambda: LoRA(targets=("(",)).split_names({"a": ("embed",)}), "not a regular expression"),
         (lambda: Freeze(trainable=()).split_names({"a": ("embed",)}), "trainable is empty"),
