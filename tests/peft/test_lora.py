@@ -125,7 +125,7 @@ def test_every_target_has_one_pair_of_its_own_shape():
     assert flat[kernel.format("decoder", "cross_attention/out", "b")].shape == (2, 4, 32)
     assert flat["token_embedding/embedding/a"].shape == (96, 4)
     assert flat["lm_head/kernel/b"].shape == (4, 96)
-    targets = 3 * 3 + 2 * 2 + 2  # three attentions, two MLPs, embedding and head
+    targets = 3 * 3 + 2 * 2 + 4  # three attentions, two MLPs, embedding and head, two biases
     assert len(flat) == 2 * targets
     axes = EVERYTHING.split_names(names)[0]
     flat_axes = trees.flatten(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
