@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from t5x_lite.decode.sampling import Greedy
+from t5x_lite.decode.sampling import BeamSearch, Greedy
 from t5x_lite.train import infer
 from t5x_lite.train.opening import open_model
 from t5x_lite.types import InputError
@@ -175,6 +175,39 @@ def test_a_half_written_output_is_gone_on_with(made, tmp_path):
     assert [one["inputs"] for one in again] == [one["inputs"] for one in records]
     for one, other in zip(again, records, strict=True):
         assert one["embedding"] == pytest.approx(other["embedding"], abs=1e-5)
+
+
+def test_a_sample_depends_on_the_seed_and_the_inputs_number_alone(made, tmp_path):
+    arguments = {"temperature": 1.0, "top_k": 20, "max_tokens": 8, "max_input_tokens": 8}
+    texts = ["alpha"] * 4 + ["beta alpha gamma delta"]
+    records = ask(made("gpt2"), texts, tmp_path, seed=1, **arguments)
+    said = [record["prediction"] for record in records]
+    assert len(set(said[:4])) > 1  # numbers differ
+    output = tmp_path / "out.jsonl"
+    lines = output.read_text()
+    output.write_text("".join(lines.splitlines(keepends=True)[:2]))
+    again = {"input": str(tmp_path / "in.jsonl"), "output": str(output)}
+    infer.infer(
+        model_dir=made("gpt2"),
+        seed=1,
+        batch_size=2,
+        partitioner=harness.one_device(),
+        **again,
+        **arguments,
+    )
+    assert output.read_text() == lines
+
+
+@pytest.mark.slow
+def test_beams_and_stops(made, tmp_path):
+    arguments = {"max_tokens": 4, "max_input_tokens": 8}
+    (greedy,) = ask(made("t5_1_1"), ["alpha"], tmp_path, **arguments)
+    (one,) = ask(made("t5_1_1"), ["alpha"], tmp_path, strategy=BeamSearch(beams=1), **arguments)
+    assert one["prediction"] == greedy["prediction"]
+    ask(made("t5_1_1"), ["alpha"], tmp_path, beams=3, **arguments)
+    word = greedy["prediction"].split()[-1]
+    (cut,) = ask(made("t5_1_1"), ["alpha"], tmp_path, stop=word, **arguments)
+    assert cut["prediction"] == greedy["prediction"][: greedy["prediction"].index(word)]
 
 
 def test_standard_input_is_lines(made, monkeypatch, capsys):
