@@ -51,9 +51,9 @@ def test_the_pages_commands_run(tmp_path):
     answers = (tmp_path / "answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["inputs"] for line in answers] == ["alpha beta", "gamma"]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    masks, sampled, pair, single, first, second, tuned = found
+    masks, sampled, searched, pair, single, first, second, tuned = found
     assert len(masks["masks"][0]) == 3
-    assert set(sampled) == set(tuned) == {"inputs", "prediction"}
+    assert set(sampled) == set(searched) == set(tuned) == {"inputs", "prediction"}
     assert pair["id"] == 7
     assert pair["prediction"] in pair["probabilities"]
     assert set(single) == {"inputs", "prediction", "probabilities"}

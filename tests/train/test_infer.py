@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from t5x_lite.decode.sampling import BeamSearch, Greedy
+from t5x_lite.sharding import Partitioner
 from t5x_lite.train import infer
 from t5x_lite.train.opening import open_model
 from t5x_lite.types import InputError
@@ -196,6 +197,19 @@ def test_a_sample_depends_on_the_seed_and_the_inputs_number_alone(made, tmp_path
         **arguments,
     )
     assert output.read_text() == lines
+
+
+@pytest.mark.slow
+def test_eight_devices_answer_as_one_does(made, tmp_path):
+    arguments = {"max_tokens": 4, "max_input_tokens": 8, "batch_size": 8}
+    for mode in ("generate", "embed"):
+        one, eight = (
+            ask(made("llama"), TEXTS, tmp_path, mode=mode, partitioner=partitioner, **arguments)
+            for partitioner in (harness.one_device(), Partitioner(data=2, fsdp=2, model=2))
+        )
+        for first, second in zip(one, eight, strict=True):
+            assert first.get("prediction") == second.get("prediction")
+            assert first.get("embedding") == pytest.approx(second.get("embedding"), abs=1e-5)
 
 
 @pytest.mark.slow
