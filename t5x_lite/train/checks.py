@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
-from t5x_lite.data.objectives.base import wrapping
+from t5x_lite.data.objectives.base import is_labelled, wrapping
 from t5x_lite.data.pipeline import Batches
 from t5x_lite.data.tasks import Mixture, Task
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.config_heads import LMHead, SequenceHead, TokenHead
 from t5x_lite.models.config_positions import Learned
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
@@ -41,7 +43,11 @@ def check_best(
 
 
 def check_parts(
-    session: Session, batches: Batches, microbatches: int, evaluations: Sequence[Evaluation]
+    session: Session,
+    batches: Batches,
+    loss: steps.Loss,
+    microbatches: int,
+    evaluations: Sequence[Evaluation],
 ) -> None:
     """All that can be known to fail before compiling."""
     partitioner, model = session.partitioner, session.config
@@ -65,9 +71,21 @@ def check_parts(
             raise InputError(
                 f"evaluation '{evaluation.name}' has another vocabulary than the training task"
             )
+        if evaluation.batches.task.labels != batches.task.labels:
+            raise InputError(
+                f"evaluation '{evaluation.name}' has the labels {evaluation.batches.task.labels}, "
+                f"but the training task {batches.task.labels}: their names and order must agree"
+            )
     check_streams(model, batches.task)
     check_evaluations(model, evaluations)
-    steps.check_trainable_batch(batches.batch(0, slice(0, 1)))
+    first = batches.batch(0, slice(0, 1))
+    steps.check_trainable_batch(first)
+    loss.check(first)
+    if model.pair_head is not None and loss.label_smoothing:
+        raise InputError(
+            f"Loss.label_smoothing={loss.label_smoothing} is spread over the whole vocabulary, but "
+            "ModelConfig.pair_head has two labels: set it to 0"
+        )
     _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
 
 
@@ -88,12 +106,44 @@ def check_streams(model: ModelConfig, task: Task | Mixture) -> None:
                 f"model learns {stack.positions.max_length} positions: shorten the rows, or raise "
                 "Learned.max_length (a pretrained model's is fixed)"
             )
+    for one in task.tasks:
+        check_head(model, one)
     pairs = any(getattr(one.objective, "one_a_row", False) for one in task.tasks)
     if pairs != (model.pair_head is not None):
         raise InputError(
             f"task '{task.name}' {'asks' if pairs else 'does not ask'} whether two texts follow "
             f"one another, but the model has {'no' if pairs else 'a'} ModelConfig.pair_head: "
             "NextSentencePairs goes with models/pair_head.gin, and nothing else does"
+        )
+
+
+# What an objective asks for -> the head that answers.
+_HEADS: Final = {
+    "sequence": SequenceHead,
+    "value": SequenceHead,
+    "token": TokenHead,
+    "span": TokenHead,
+}
+
+
+def check_head(model: ModelConfig, task: Task) -> None:
+    """Raises InputError unless the model's head answers what the task's objective asks for."""
+    name, head = type(task.objective).__name__, model.head
+    if not is_labelled(task.objective):
+        if not isinstance(head, LMHead):
+            raise InputError(
+                f"task '{task.name}': {name} asks for tokens, but the model has a "
+                f"{type(head).__name__}: set ModelConfig.head to an LMHead"
+            )
+        return
+    asks = task.objective.asks
+    expected, labels = _HEADS[asks], 1 if asks == "value" else len(task.labels)
+    count = head.num_labels if isinstance(head, SequenceHead | TokenHead) else None
+    if not isinstance(head, expected) or count != labels:
+        found = type(head).__name__ + ("" if count is None else f"(num_labels={count})")
+        raise InputError(
+            f"task '{task.name}': {name} asks a {expected.__name__}(num_labels={labels}), but the "
+            f"model has a {found}: set ModelConfig.head, or run_model.head of a pretrained model"
         )
 
 
@@ -105,6 +155,11 @@ def check_evaluations(model: ModelConfig, evaluations: Sequence[Evaluation]) -> 
             check_streams(model, task)
         except InputError as error:
             raise InputError(f"evaluation '{evaluation.name}': {error}") from error
+        if isinstance(evaluation, Generate) and is_labelled(task.objective):
+            raise InputError(
+                f"evaluation '{evaluation.name}' generates, but task '{task.name}' asks for "
+                "labels: use Label"
+            )
         if not isinstance(evaluation, Generate):
             continue
         if evaluation.max_tokens < 1:
@@ -145,6 +200,7 @@ def find_resumed(model_dir: str, run: runs.Run) -> runs.Run | None:
         ("model", found.model.canonical(), run.model.canonical()),
         ("transform", found.transform, run.transform),
         ("seed", found.seed, run.seed),
+        ("labels", found.labels, run.labels),
     ):
         if before != now:
             raise InputError(

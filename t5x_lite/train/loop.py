@@ -24,6 +24,7 @@ from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
 from t5x_lite.train.checkpoint import Checkpointer, CheckpointPolicy, find_step, versions
 from t5x_lite.train.evaluate import PREDICTIONS, Evaluation, Evaluator, Generate
+from t5x_lite.train.losses import MEANS
 from t5x_lite.train.optim import Optimizer
 from t5x_lite.train.schedules import learning_rate_at
 from t5x_lite.train.session import Session, shardings
@@ -91,7 +92,7 @@ def train(
         raise InputError(f"train.eval_period={eval_period}: expected at least 1, or None")
     session = Session(model, transform, partitioner, seed)
     vocabulary = batches.task.vocabulary
-    checks.check_parts(session, batches, microbatches, evaluations)
+    checks.check_parts(session, batches, loss, microbatches, evaluations)
     checks.check_best(checkpoints, evaluations, eval_period)
     transformation = session.optimizer(optimizer)
     state_shapes = session.state_shapes(transformation)
@@ -266,8 +267,7 @@ def _per_token(values: dict[str, Any], learning_rate: Any) -> dict[str, float]:
     rate = learning_rate_at(learning_rate, step) if callable(learning_rate) else learning_rate
     return {
         "loss": float(values["loss"]) / max(float(values["denominator"]), 1e-9),
-        "cross_entropy": float(values["cross_entropy"]) / weight,
-        "accuracy": float(values["accuracy"]) / weight,
+        **{name: float(values[name]) / weight for name in MEANS if name in values},
         "gradient_norm": float(values["gradient_norm"]),
         "learning_rate": float(rate),
     }
