@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
@@ -9,6 +10,7 @@ from t5x_lite.data.objectives.base import is_labelled, wrapping
 from t5x_lite.data.pipeline import Batches
 from t5x_lite.data.tasks import Mixture, Task
 from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.interop.hf_tokenizers import find_vocabulary
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import LMHead, SequenceHead, TokenHead
 from t5x_lite.models.config_positions import Learned
@@ -209,6 +211,29 @@ def find_resumed(model_dir: str, run: runs.Run) -> runs.Run | None:
                 "Choose another train.model_dir, or remove that folder"
             )
     return found
+
+
+def pin(initial: runs.RunCheckpoint, vocabulary: Vocabulary) -> runs.RunCheckpoint:
+    """The same weights with a step. Raises InputError for another vocabulary than the task's.
+
+    The base of adapters must not move when its run goes on.
+    """
+    if not initial.is_hf:
+        check_vocabulary(runs.Run.read(initial.model_dir), vocabulary, initial.model_dir)
+        return dataclasses.replace(initial, step=find_step(initial.model_dir, initial.step))
+    if initial.step is not None:
+        raise InputError(
+            f"RunCheckpoint.step={initial.step}, but '{initial.model_dir}' is a Hugging Face "
+            "directory: it has no steps"
+        )
+    found = find_vocabulary(initial.model_dir)
+    if found.fingerprint != vocabulary.fingerprint:
+        raise InputError(
+            f"the vocabulary {vocabulary} (fingerprint {vocabulary.fingerprint[:12]}) is not that "
+            f"of the weights in '{initial.model_dir}' ({found.fingerprint[:12]}): use "
+            "@run_vocabulary() of that folder"
+        )
+    return initial
 
 
 def check_vocabulary(found: runs.Run, vocabulary: Vocabulary, where: str) -> None:

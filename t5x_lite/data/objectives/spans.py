@@ -139,8 +139,10 @@ class SpanAnswer:
             return ""
         text = text_field(record, self.context, "SpanAnswer")
         _, starts, places = self._context(text)
-        place: np.ndarray = np.searchsorted(starts, [first, last], side="right") - 1
-        return text[places[int(place[0])][0] : places[int(place[1])][1]]
+        begin, end = (
+            places[int(np.searchsorted(starts, at, side="right")) - 1] for at in (first, last)
+        )
+        return text[begin[0] : end[1]]
 
     def _context(self, text: str) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
         """(tokens, places of the words' first tokens, each word's characters)."""
