@@ -314,7 +314,7 @@ class TfdsSource:
 
     @property
     def _command(self) -> str:
-        name = re.split("[/:]", self.name)[0]
+        name = self.name.partition(":")[0]
         return f"python scripts/prepare_data.py --dataset={name} --data_dir={self.data_dir}"
 
     def __getstate__(self) -> dict[str, Any]:
