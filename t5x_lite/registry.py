@@ -17,8 +17,8 @@ from t5x_lite.data import (
     vocabularies,
     vocabulary_training,
 )
-from t5x_lite.data.builders import bible
-from t5x_lite.evaluation import metrics
+from t5x_lite.data.builders import catalog
+from t5x_lite.evaluation import label_metrics, metrics
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
@@ -116,9 +116,16 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     run.RunCheckpoint,
     evaluate.TeacherForced,
     evaluate.Generate,
+    evaluate.Label,
     metrics.exact_match,
     metrics.bleu,
     metrics.chrf,
+    label_metrics.accuracy,
+    label_metrics.F1,
+    label_metrics.matthews,
+    label_metrics.pearson,
+    label_metrics.spearman,
+    label_metrics.entities,
     # programs
     loop.train,
     offline.evaluate_run,
@@ -129,6 +136,6 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     convert.run_model,
     convert.run_vocabulary,
     vocabulary_training.train_vocabulary,
-    bible.prepare,
+    catalog.prepare,
     demo.report,
 )

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from absl import logging
 
@@ -63,7 +64,7 @@ class RunCheckpoint:
     """
 
     model_dir: str
-    step: int | None = None
+    step: int | Literal["best"] | None = None  # "best": by its CheckpointPolicy.best_metric
     restore: tuple[initial.Rule, ...] = ()
 
     def __post_init__(self) -> None:
