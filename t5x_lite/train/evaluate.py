@@ -133,8 +133,10 @@ class Evaluator:
                 values = self._teacher_forced(evaluation, params, frozen)
             else:
                 path = None if predictions is None else predictions.format(name=evaluation.name)
-                ask = self._labels if isinstance(evaluation, Label) else self._generate
-                values = ask(evaluation, params, frozen, path)
+                if isinstance(evaluation, Label):
+                    values = self._labels(evaluation, params, frozen, path)
+                else:
+                    values = self._generate(evaluation, params, frozen, path)
             found |= {f"{evaluation.name}/{key}": value for key, value in values.items()}
         return found
 
@@ -171,7 +173,7 @@ class Evaluator:
         return found
 
     def _generate(
-        self, evaluation: Any, params: Params, frozen: Params, path: str | None
+        self, evaluation: Generate, params: Params, frozen: Params, path: str | None
     ) -> dict[str, float]:
         task = evaluation.batches.task
         vocabulary = task.vocabulary
