@@ -17,9 +17,10 @@ from t5x_lite.data import (
     vocabularies,
     vocabulary_training,
 )
-from t5x_lite.data.builders import bible
+from t5x_lite.data.builders import catalog
 from t5x_lite.decode import sampling
-from t5x_lite.evaluation import metrics
+from t5x_lite.evaluation import label_metrics, metrics
+from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
@@ -121,9 +122,16 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     run.RunCheckpoint,
     evaluate.TeacherForced,
     evaluate.Generate,
+    evaluate.Label,
     metrics.exact_match,
     metrics.bleu,
     metrics.chrf,
+    label_metrics.accuracy,
+    label_metrics.F1,
+    label_metrics.matthews,
+    label_metrics.pearson,
+    label_metrics.spearman,
+    label_metrics.entities,
     # programs
     loop.train,
     offline.evaluate_run,
@@ -133,7 +141,8 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     convert.convert,
     convert.run_model,
     convert.run_vocabulary,
+    packages.fetch_model,
     vocabulary_training.train_vocabulary,
-    bible.prepare,
+    catalog.prepare,
     demo.report,
 )

@@ -314,7 +314,7 @@ class TfdsSource:
 
     @property
     def _command(self) -> str:
-        name = re.split("[/:]", self.name)[0]
+        name = self.name.partition(":")[0]
         return f"python scripts/prepare_data.py --dataset={name} --data_dir={self.data_dir}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -361,6 +361,8 @@ def _plain(value: Any) -> Any:
         return value.decode("utf-8")
     if isinstance(value, np.ndarray) and value.dtype == object:
         return [_plain(item) for item in value.tolist()]
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value.item() if isinstance(value, np.generic) else value
