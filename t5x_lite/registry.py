@@ -11,14 +11,16 @@ from t5x_lite.data import (
     packing,
     pipeline,
     preprocessors,
+    selection,
     sources,
     tasks,
+    text_formats,
     textfiles,
     vocabularies,
     vocabulary_training,
 )
 from t5x_lite.data.builders import catalog
-from t5x_lite.evaluation import metrics
+from t5x_lite.evaluation import metrics, text_labels, text_metrics
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
@@ -51,11 +53,20 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     sources.TokenFileSource,
     sources.TfdsSource,
     sources.PairedSource,
+    selection.Where,
     textfiles.Lines,
     textfiles.Paragraphs,
     # tasks
     preprocessors.Prefix,
     preprocessors.Rename,
+    preprocessors.Template,
+    text_formats.TextLabel,
+    text_formats.TextNumber,
+    text_formats.TextMultirc,
+    text_formats.TextRecord,
+    text_formats.TextWsc,
+    text_formats.TextSquad,
+    text_formats.TextEntities,
     objectives.SpanCorruption,
     objectives.IidDenoising,
     objectives.UL2,
@@ -115,6 +126,13 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     metrics.exact_match,
     metrics.bleu,
     metrics.chrf,
+    text_metrics.rouge,
+    text_metrics.squad,
+    text_metrics.several_answers,
+    text_metrics.referents,
+    text_metrics.entity_f1,
+    text_labels.Among,
+    text_labels.OfNumbers,
     # programs
     loop.train,
     offline.evaluate_run,
