@@ -6,7 +6,13 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "plan": ["libtpu==0.0.42.*"],  # matches jax 0.10.2: compiles for TPUs on a machine without one
-    "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2", "seqeval>=1.2"],
+    "eval": [
+        "sacrebleu>=2.4",
+        "rouge-score>=0.1.2",
+        "seqeval>=1.2",
+        "scikit-learn>=1.4",
+        "scipy>=1.11",
+    ],
     "studies": ["matplotlib>=3.8"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"],
     "fixtures": ["torch>=2.6", "transformers>=5.0"],  # tests/fixtures/make_*.py alone

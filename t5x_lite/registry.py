@@ -20,7 +20,7 @@ from t5x_lite.data import (
     vocabulary_training,
 )
 from t5x_lite.data.builders import catalog
-from t5x_lite.evaluation import metrics, text_labels, text_metrics
+from t5x_lite.evaluation import label_metrics, metrics, text_labels, text_metrics
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
@@ -86,6 +86,10 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     objectives.PrefixLM,
     objectives.FillInTheMiddle,
     objectives.TextToText,
+    objectives.Classify,
+    objectives.Regress,
+    objectives.Tag,
+    objectives.SpanAnswer,
     layouts.as_encoder_decoder,
     layouts.as_encoder,
     layouts.as_decoder,
@@ -123,6 +127,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     run.RunCheckpoint,
     evaluate.TeacherForced,
     evaluate.Generate,
+    evaluate.Label,
     metrics.exact_match,
     metrics.bleu,
     metrics.chrf,
@@ -133,6 +138,12 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     text_metrics.entity_f1,
     text_labels.Among,
     text_labels.OfNumbers,
+    label_metrics.accuracy,
+    label_metrics.F1,
+    label_metrics.matthews,
+    label_metrics.pearson,
+    label_metrics.spearman,
+    label_metrics.entities,
     # programs
     loop.train,
     offline.evaluate_run,

@@ -16,14 +16,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from t5x_lite.data.layouts import as_encoder_decoder
-from t5x_lite.data.objectives.base import Objective
+from t5x_lite.data.objectives.base import Objective, is_labelled
 from t5x_lite.data.sources import RandomAccess, Record, Source
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.types import InputError
 
 Preprocessor = Callable[[Record], Record]
 # (targets, predictions) -> values by name. A target is the record's `references`, if it has them
-# (several right answers, or what else the metric compares with), or else its `targets`.
+# (several right answers, or what else the metric compares with), or else its `targets`. Of a
+# labelled objective, targets are its `truth` and predictions its `answer`.
 Metric = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
 Layout = Callable[..., dict[str, np.ndarray]]
 
@@ -85,6 +86,11 @@ class Task:
                 f"task '{self.name}': its objective has another vocabulary than the task; give "
                 "both the same"
             )
+        if self.chunk is not None and is_labelled(self.objective):
+            raise InputError(
+                f"task '{self.name}': Chunks joins documents, and {type(self.objective).__name__} "
+                "asks for the labels of each: set chunk=None"
+            )
         if self.chunk is not None and len(self.objective.features) != 1:
             raise InputError(
                 f"task '{self.name}': Chunks joins documents of one text, but "
@@ -137,6 +143,11 @@ class Task:
         """The vocabulary's fingerprint, which a checkpoint remembers."""
         return self.vocabulary.fingerprint
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of what a head tells apart for the objective, in order; of tokens, none."""
+        return tuple(getattr(self.objective, "labels", ()))
+
     def open(self, split: str) -> RandomAccess:
         """The split's raw records. Raises InputError for a split that the source doesn't have."""
         try:
@@ -162,7 +173,15 @@ class Task:
         return record
 
     def tokens(self, record: Record) -> tuple[np.ndarray, ...]:
-        """The preprocessed record's tokens by feature, int32, of whatever length, without eos."""
+        """The preprocessed record's tokens by feature, int32, of whatever length, without eos.
+
+        With labels, behind them, where the objective asks for these.
+        """
+        if is_labelled(self.objective):
+            try:
+                return self.objective.read(record)
+            except InputError as error:
+                raise InputError(f"task '{self.name}': {error}") from error
         if "tokens" in record and len(self.objective.features) == 1:
             return (np.asarray(record["tokens"], dtype=np.int32),)
         for feature in self.objective.features:
@@ -178,7 +197,10 @@ class Task:
         self, tokens: Sequence[np.ndarray], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
         """Unpadded arrays by batch key, of the tokens cut to `limits`."""
-        cut = [one[:limit] for one, limit in zip(tokens, self.limits, strict=True)]
+        if is_labelled(self.objective):
+            cut: Sequence[np.ndarray] = self.objective.cut(tokens, self.lengths)
+        else:
+            cut = [one[:limit] for one, limit in zip(tokens, self.limits, strict=True)]
         return self.layout(self.objective(*cut, rng=rng), self.lengths)
 
 
@@ -260,6 +282,7 @@ class Mixture:
                 "lengths": dict(task.lengths) == dict(first.lengths),
                 "layout": task.layout is first.layout,
                 "token types": _has_token_types(task) == _has_token_types(first),
+                "labels": task.labels == first.labels,
                 "name (they must differ)": task.name != first.name,
             }
             for what, holds in same.items():
@@ -286,6 +309,10 @@ class Mixture:
     @property
     def lengths(self) -> Mapping[str, int]:
         return self.tasks[0].lengths
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.tasks[0].labels
 
     @property
     def fingerprint(self) -> str:

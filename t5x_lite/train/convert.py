@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from typing import Any, Final
@@ -10,11 +11,20 @@ import jax
 
 from t5x_lite import trees
 from t5x_lite.data.vocabularies import SentencePieceVocabulary, Vocabulary
-from t5x_lite.interop import load_hf, load_peft, load_t5x, save_hf, save_peft
+from t5x_lite.interop import (
+    hf_words,
+    load_hf,
+    load_peft,
+    load_t5x,
+    read_hf_config,
+    save_hf,
+    save_peft,
+)
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
 from t5x_lite.interop.t5x import load_t5x_adafactor
 from t5x_lite.interop.t5x_files import find as find_t5x
 from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.config_heads import Head
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.sharding import Partitioner
@@ -91,6 +101,9 @@ def convert(
             session = Session(network.config, partitioner=partitioner)
             at, state = (0, {}) if optimizer is None else _resumed(source, session, optimizer)
             run = runs.Run(network.config, session.transform, vocabulary, vocabulary.fingerprint)
+            if kind == "hf":
+                told = hf_words.read(source, network.config)
+                run = dataclasses.replace(run, labels=told.labels, asking=told.asking)
             _save_run(output, run, params, state, at)
     if jax.process_index() == 0:
         print(f"'{output}' holds '{source}' in the format '{to}'")
@@ -113,13 +126,22 @@ def format_of(directory: str) -> str:
     return "t5x"
 
 
-def run_model(*, model_dir: str) -> ModelConfig:
-    """The model of a run's folder: `train.model = @run_model()` tunes what was converted."""
-    return runs.Run.read(model_dir).model
+def run_model(*, model_dir: str, head: Head | None = None) -> ModelConfig:
+    """The model of a run's folder or a Hugging Face directory: `train.model = @run_model()`.
+
+    With another head, where one is given: then `RunCheckpoint.restore` says that it is fresh.
+    """
+    if runs.RunCheckpoint(model_dir).is_hf:
+        model = read_hf_config(model_dir)
+    else:
+        model = runs.Run.read(model_dir).model
+    return model if head is None else dataclasses.replace(model, head=head, pair_head=None)
 
 
 def run_vocabulary(*, model_dir: str) -> Vocabulary:
-    """The vocabulary of a run's folder: `Task.vocabulary = @run_vocabulary()`."""
+    """The vocabulary of such a folder: `Task.vocabulary = @run_vocabulary()`."""
+    if runs.RunCheckpoint(model_dir).is_hf:
+        return find_vocabulary(model_dir)
     return runs.Run.read(model_dir).vocabulary
 
 
@@ -184,7 +206,8 @@ def _save_hf(
     kind = format_of(origin)
     if tokenizer is None and kind == "hf":
         tokenizer = origin
-    save_hf(output, network, params, tokenizer=tokenizer)
+    labels = runs.Run.read(origin).labels if kind == "run" else ()
+    save_hf(output, network, params, tokenizer=tokenizer, labels=labels)
     if tokenizer is None and kind == "run" and jax.process_index() == 0:
         vocabulary = runs.Run.read(origin).vocabulary
         path = getattr(vocabulary, "path", None)
@@ -225,5 +248,7 @@ def _peft_to_run(
         checkpoint,
         trees.fingerprint(frozen),
         under.seed,
+        under.labels,
+        under.asking,
     )
     _save_run(output, run, trainable, {}, 0)

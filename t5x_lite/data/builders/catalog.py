@@ -9,12 +9,13 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging
 
-from t5x_lite.data.builders import bible, python_functions, seq2seq
+from t5x_lite.data.builders import bible, labelled, python_functions, seq2seq
 from t5x_lite.data.sources import TfdsSource
 from t5x_lite.types import InputError
 
 DATASETS: dict[str, Any] = {
     **bible.DATASETS,
+    **labelled.DATASETS,
     "aclsum": seq2seq.Aclsum,
     "indico_po": seq2seq.IndicoPo,
     "chatterbot": seq2seq.Chatterbot,

@@ -1,0 +1,214 @@
+"""Any folder with a model, opened to be asked: a run's, Hugging Face's, an adapter on either."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from typing import Final
+
+import jax
+
+from t5x_lite import trees
+from t5x_lite.data.vocabularies import (
+    SentencePieceVocabulary,
+    TokenizersVocabulary,
+    Vocabulary,
+)
+from t5x_lite.decode.loaded import Loaded
+from t5x_lite.interop import hf_words, load_hf, load_peft, read_hf_config
+from t5x_lite.interop.hf_tokenizers import find_vocabulary
+from t5x_lite.models import transformer
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.transformer import Transformer
+from t5x_lite.peft.transform import Full
+from t5x_lite.sharding import Partitioner
+from t5x_lite.train import run as runs
+from t5x_lite.train.checkpoint import all_steps
+from t5x_lite.train.session import Session
+from t5x_lite.types import InputError, Params
+
+_HF: Final = "config.json"
+_PEFT: Final = "adapter_config.json"
+
+
+def open_model(
+    path: str,
+    *,
+    adapter: str | None = None,
+    step: int | None = None,
+    vocabulary: Vocabulary | None = None,
+    partitioner: Partitioner = Partitioner(),
+) -> Loaded:
+    """The model in a folder, with an adapter if one is named.
+
+    Args:
+      path: a run's folder (a tuned run finds its base by itself), or Hugging Face's: config.json,
+        safetensors, a tokenizer's files.
+      adapter: a PEFT directory, or a run's folder that was tuned on the model in `path`.
+      step: the checkpoint, of the adapter if that is a run, else of `path`; None: the latest.
+      vocabulary: None: the run's, or that of the tokenizer's files.
+      partitioner: the mesh.
+
+    Raises InputError, one message, for a folder that is not there, not a model's or half-written,
+    for an adapter that nobody knows, and for one of another base.
+    """
+    kind = _kind(path)
+    if adapter is not None and (tuned := _adapter_kind(adapter)) == "run":
+        loaded = _open_tuned(path, kind, adapter, step, partitioner)
+    elif kind == "run":
+        loaded = _open_run(path, step, partitioner, merged=adapter is not None)
+    else:
+        if step is not None and adapter is None:
+            raise InputError(f"step={step} is for a run's checkpoints, and '{path}' is no run's")
+        loaded = _open_hf(path, vocabulary, partitioner)
+    if adapter is not None and tuned == "peft":
+        transform, trainable = load_peft(adapter, loaded.model, partitioner=partitioner)
+        loaded = dataclasses.replace(loaded, params=transform.apply(trainable, loaded.params))
+    if vocabulary is not None:
+        loaded = dataclasses.replace(loaded, vocabulary=vocabulary)
+    known, size = loaded.model.config.vocab_size, loaded.vocabulary.size
+    if size > known:
+        raise InputError(
+            f"the vocabulary {loaded.vocabulary} has {size} tokens, and the model in '{path}' "
+            f"{known}: it is not the model's"
+        )
+    return loaded
+
+
+def _kind(path: str) -> str:
+    """ "run" or "hf"."""
+    if not os.path.isdir(path):
+        raise InputError(f"no such folder: '{path}'; expected one with a model")
+    held = set(os.listdir(path))
+    if runs.FILE in held:
+        return "run"
+    if _HF in held:
+        return "hf"
+    if _PEFT in held:
+        raise InputError(
+            f"'{path}' is an adapter: name its model's folder, and this one as the adapter "
+            "(--model_dir=... --adapter=...)"
+        )
+    half = "; its weights are there, but the copy is not whole" if _weights(held) else ""
+    raise InputError(
+        f"'{path}' holds no model: expected a run's {runs.FILE} or Hugging Face's {_HF}{half}. "
+        "scripts/convert.py reads T5X checkpoints"
+    )
+
+
+def _weights(held: set[str]) -> bool:
+    return any(name.endswith((".safetensors", ".bin")) or name == "checkpoints" for name in held)
+
+
+def _adapter_kind(path: str) -> str:
+    """ "run" or "peft"."""
+    held = set(os.listdir(path)) if os.path.isdir(path) else set()
+    if runs.FILE in held:
+        return "run"
+    if _PEFT in held:
+        return "peft"
+    what = f"no such folder: '{path}'" if not os.path.isdir(path) else f"'{path}' is no adapter"
+    raise InputError(
+        f"{what}; expected PEFT's with {_PEFT}, or a run's with {runs.FILE} that was tuned on the "
+        "model"
+    )
+
+
+def _open_run(path: str, step: int | None, partitioner: Partitioner, *, merged: bool) -> Loaded:
+    run = runs.Run.read(path)
+    session, trainable, frozen = runs.load(runs.RunCheckpoint(path, step), partitioner)
+    combine = session.transform.merge if merged else session.transform.apply
+    with partitioner.activate():
+        return _of_run(run, session, combine(trainable, frozen))
+
+
+def _of_run(run: runs.Run, session: Session, params: Params) -> Loaded:
+    return Loaded(
+        session.model,
+        params,
+        run.vocabulary,
+        session.partitioner,
+        labels=run.labels,
+        asking=run.asking,
+    )
+
+
+def _open_tuned(
+    path: str, kind: str, adapter: str, step: int | None, partitioner: Partitioner
+) -> Loaded:
+    """A tuned run on the model in `path`, wherever its base was when it was trained."""
+    run = runs.Run.read(adapter)
+    if isinstance(run.transform, Full):
+        raise InputError(
+            f"'{adapter}' is no adapter: all of its parameters were trained; name it as the model"
+        )
+    session = Session(run.model, run.transform, partitioner, run.seed)
+    at, restore = None, () if run.base is None else run.base.restore
+    if kind == "run":
+        # The checkpoint that it was tuned on, for its base may have gone on; or what there is.
+        pinned = None if run.base is None else run.base.step
+        at = pinned if pinned in all_steps(path) else None
+        found: ModelConfig = runs.Run.read(path).model
+    else:
+        found = read_hf_config(path)
+    if not restore:
+        _check_shapes(adapter, run.model, path, found)
+    source = runs.RunCheckpoint(path, at, restore)
+    base = runs.load_params(source, run.model, partitioner, run.seed)
+    frozen = session.split(base)[1]
+    if trees.fingerprint(frozen) != run.base_fingerprint:
+        raise InputError(
+            f"the adapter '{adapter}' was tuned on weights of fingerprint {run.base_fingerprint}, "
+            f"and those in '{path}' have {trees.fingerprint(frozen)}: name the model that it was "
+            "tuned on"
+        )
+    trainable = runs.load_trainable(runs.RunCheckpoint(adapter, step), session)
+    return _of_run(run, session, session.transform.apply(trainable, frozen))
+
+
+def _check_shapes(adapter: str, wanted: ModelConfig, path: str, found: ModelConfig) -> None:
+    ours, theirs = (
+        {name: leaf.shape for name, leaf in trees.flatten(_structs(config)).items()}
+        for config in (wanted, found)
+    )
+    if ours != theirs:
+        name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
+        raise InputError(
+            f"the adapter '{adapter}' was tuned on another model than that in '{path}': its {name} "
+            f"is {ours.get(name)}, here it is {theirs.get(name)}"
+        )
+
+
+def _structs(config: ModelConfig) -> Params:
+    return jax.eval_shape(
+        functools.partial(transformer.init, Transformer(config)), jax.random.key(0)
+    )
+
+
+def _open_hf(path: str, vocabulary: Vocabulary | None, partitioner: Partitioner) -> Loaded:
+    model, params = load_hf(path, partitioner=partitioner)
+    told = hf_words.read(path, model.config)
+    if vocabulary is None:
+        vocabulary = _with_start(find_vocabulary(path), model.config, told.starts)
+    ends = () if told.ends == (vocabulary.eos_id,) else told.ends
+    return Loaded(
+        model,
+        params,
+        vocabulary,
+        partitioner,
+        labels=told.labels,
+        end_ids=ends,
+        asking=told.asking,
+    )
+
+
+def _with_start(vocabulary: Vocabulary, config: ModelConfig, starts: tuple[int, ...]) -> Vocabulary:
+    """A decoder alone begins with the config's bos, whatever its tokenizer's files say."""
+    if config.encoder is not None or not starts or starts[0] == vocabulary.start_id:
+        return vocabulary
+    if not isinstance(vocabulary, TokenizersVocabulary | SentencePieceVocabulary):
+        return vocabulary
+    if starts[0] >= vocabulary.size:
+        return vocabulary
+    return dataclasses.replace(vocabulary, start_token=vocabulary.piece(starts[0]))
