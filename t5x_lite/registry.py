@@ -11,15 +11,17 @@ from t5x_lite.data import (
     packing,
     pipeline,
     preprocessors,
+    selection,
     sources,
     tasks,
+    text_formats,
     textfiles,
     vocabularies,
     vocabulary_training,
 )
 from t5x_lite.data.builders import catalog
 from t5x_lite.decode import sampling
-from t5x_lite.evaluation import label_metrics, metrics
+from t5x_lite.evaluation import label_metrics, metrics, text_labels, text_metrics
 from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
@@ -53,11 +55,20 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     sources.TokenFileSource,
     sources.TfdsSource,
     sources.PairedSource,
+    selection.Where,
     textfiles.Lines,
     textfiles.Paragraphs,
     # tasks
     preprocessors.Prefix,
     preprocessors.Rename,
+    preprocessors.Template,
+    text_formats.TextLabel,
+    text_formats.TextNumber,
+    text_formats.TextMultirc,
+    text_formats.TextRecord,
+    text_formats.TextWsc,
+    text_formats.TextSquad,
+    text_formats.TextEntities,
     objectives.SpanCorruption,
     objectives.IidDenoising,
     objectives.UL2,
@@ -126,6 +137,13 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     metrics.exact_match,
     metrics.bleu,
     metrics.chrf,
+    text_metrics.rouge,
+    text_metrics.squad,
+    text_metrics.several_answers,
+    text_metrics.referents,
+    text_metrics.entity_f1,
+    text_labels.Among,
+    text_labels.OfNumbers,
     label_metrics.accuracy,
     label_metrics.F1,
     label_metrics.matthews,
