@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from t5x_lite.data import (
     layouts,
+    mappings,
     objectives,
     packing,
     pipeline,
@@ -18,7 +19,7 @@ from t5x_lite.data import (
     vocabulary_training,
 )
 from t5x_lite.data.builders import bible
-from t5x_lite.evaluation import metrics
+from t5x_lite.evaluation import fewshot, metrics
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
@@ -27,6 +28,7 @@ from t5x_lite.train import (
     checkpoint,
     convert,
     evaluate,
+    in_context,
     infer,
     inspect,
     loop,
@@ -51,6 +53,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     sources.TokenFileSource,
     sources.TfdsSource,
     sources.PairedSource,
+    mappings.Mappings,
     textfiles.Lines,
     textfiles.Paragraphs,
     # tasks
@@ -115,10 +118,17 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     metrics.exact_match,
     metrics.bleu,
     metrics.chrf,
+    # learning in context
+    fewshot.InContext,
+    fewshot.Template,
+    fewshot.Choose,
+    fewshot.Write,
+    fewshot.Calibration,
     # programs
     loop.train,
     offline.evaluate_run,
     infer.infer,
+    in_context.evaluate_in_context,
     inspect.inspect_data,
     inspect.inspect_params,
     convert.convert,

@@ -1,0 +1,102 @@
+"""Texts behind prompts, for evaluations that ask a model to write."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_lite.data.objectives.base import wrap
+from t5x_lite.decode import scoring
+from t5x_lite.decode.greedy import greedy
+from t5x_lite.decode.loaded import Loaded
+from t5x_lite.decode.prompts import pad_left
+from t5x_lite.models.transformer import Transformer
+from t5x_lite.types import InputError
+
+
+def write(
+    loaded: Loaded,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    stops: Sequence[str] = (),
+    batch_size: int = 8,
+) -> list[str]:
+    """What the model writes behind each prompt, up to the first of the `stops`, without it.
+
+    A decoder alone goes on from its start and the prompt; an encoder reads the prompt with its bos
+    and eos. Raises InputError for a prompt that leaves no room for `max_tokens`.
+    """
+    vocabulary = loaded.vocabulary
+    if loaded.model.config.encoder is not None:
+        rows = [wrap(vocabulary.encode(text), vocabulary) for text in prompts]
+    else:
+        start = np.array([vocabulary.start_id], np.int32)
+        rows = [np.concatenate([start, vocabulary.encode(text)]) for text in prompts]
+    tokens = write_tokens(loaded, rows, max_tokens=max_tokens, batch_size=batch_size)
+    return [cut(vocabulary.decode(row), stops) for row in tokens]
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first of the `stops` in it."""
+    ends = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))]
+
+
+def write_tokens(
+    loaded: Loaded, prompts: Sequence[np.ndarray], *, max_tokens: int, batch_size: int = 8
+) -> list[np.ndarray]:
+    """The tokens behind prompts of token ids, int32 `[max_tokens]`: up to eos, then padding."""
+    config, partitioner = loaded.model.config, loaded.partitioner
+    scoring.check_scored(config)
+    partitioner.check_batch_size(batch_size)
+    if max_tokens < 1:
+        raise InputError(f"max_tokens={max_tokens}: expected at least 1")
+    stack = config.encoder or config.decoder
+    assert stack is not None
+    room = scoring.limit(stack)
+    if room is not None and config.encoder is None:
+        room -= max_tokens - 1  # the last token is never read
+    for prompt in prompts:
+        if room is not None and len(prompt) > room:
+            raise InputError(
+                f"a prompt of {len(prompt)} tokens and {max_tokens} to write are more than the "
+                f"{scoring.limit(stack)} positions of this model: shorten the prompt, take fewer "
+                "shots, or lower max_tokens"
+            )
+    vocabulary = loaded.vocabulary
+    ids = (vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id)
+    program = _program(loaded.model, max_tokens, ids, partitioner.replicated)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    local, written = partitioner.local_rows(batch_size), []
+    with partitioner.activate():
+        for part in parts:
+            rows = [prompts[i] for i in part]
+            if config.encoder is not None:
+                batch = scoring.encoder_rows(config.encoder, rows, batch_size)
+            else:
+                # A row that only fills the batch up has to see something: the start.
+                fill = [np.array([vocabulary.start_id], np.int32)] * (batch_size - len(rows))
+                batch = pad_left([*rows, *fill], scoring.bucket(max(map(len, rows)), room))
+            batch = {key: value[local] for key, value in batch.items()}
+            written.append(program(loaded.params, partitioner.put_batch(batch, batch_size)))
+    found: dict[int, np.ndarray] = {}
+    for part, tokens in zip(parts, jax.device_get(written), strict=True):
+        found |= zip(part, tokens, strict=False)  # the last batch is filled up
+    return [found[i] for i in range(len(prompts))]
+
+
+@functools.lru_cache(maxsize=8)
+def _program(
+    model: Transformer, max_tokens: int, ids: tuple[int, int, int], out_shardings: Any
+) -> Any:
+    eos, pad, start = ids
+    ask = functools.partial(
+        greedy, model, max_tokens=max_tokens, eos_id=eos, pad_id=pad, start_id=start
+    )
+    return jax.jit(ask, out_shardings=out_shardings)
