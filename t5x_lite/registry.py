@@ -24,6 +24,7 @@ from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import demo
+from t5x_lite.studies.in_context import study_in_context
 from t5x_lite.train import (
     checkpoint,
     convert,
@@ -137,4 +138,5 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     vocabulary_training.train_vocabulary,
     bible.prepare,
     demo.report,
+    study_in_context,
 )
