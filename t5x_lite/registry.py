@@ -19,6 +19,7 @@ from t5x_lite.data import (
     vocabulary_training,
 )
 from t5x_lite.data.builders import bible
+from t5x_lite.decode import sampling
 from t5x_lite.evaluation import fewshot, metrics
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
@@ -79,6 +80,10 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     objectives.PrefixLM,
     objectives.FillInTheMiddle,
     objectives.TextToText,
+    objectives.Classify,
+    objectives.Regress,
+    objectives.Tag,
+    objectives.SpanAnswer,
     layouts.as_encoder_decoder,
     layouts.as_encoder,
     layouts.as_decoder,
@@ -103,6 +108,10 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     transform.Full,
     transform.Freeze,
     lora.LoRA,
+    # decoding
+    sampling.Greedy,
+    sampling.Sampling,
+    sampling.BeamSearch,
     # training
     step.Loss,
     losses.by_real_tokens,

@@ -26,9 +26,15 @@ DECODER_POSITIONS: Final = "decoder_positions"
 DECODER_PREFIX: Final = "decoder_prefix"
 MASKED_POSITIONS: Final = "masked_positions"
 MASKED_TARGET_TOKENS: Final = "masked_target_tokens"
+MASKED_TARGET_VALUES: Final = "masked_target_values"
+MASKED_TARGET_SPANS: Final = "masked_target_spans"
 MASKED_LOSS_WEIGHTS: Final = "masked_loss_weights"
 
-FLOAT_KEYS: Final = frozenset({DECODER_LOSS_WEIGHTS, MASKED_LOSS_WEIGHTS})
+# What a slot is asked for, one of these: a token or label, a number, or where an answer lies.
+SLOT_TARGETS: Final = (MASKED_TARGET_TOKENS, MASKED_TARGET_VALUES, MASKED_TARGET_SPANS)
+SPAN_BEGINS: Final = 1  # bits of a span's target: the answer's first token, and its last
+SPAN_ENDS: Final = 2
+FLOAT_KEYS: Final = frozenset({DECODER_LOSS_WEIGHTS, MASKED_TARGET_VALUES, MASKED_LOSS_WEIGHTS})
 BATCH_KEYS: Final = frozenset(
     {
         ENCODER_INPUT_TOKENS,
@@ -42,8 +48,8 @@ BATCH_KEYS: Final = frozenset(
         DECODER_POSITIONS,
         DECODER_PREFIX,
         MASKED_POSITIONS,
-        MASKED_TARGET_TOKENS,
         MASKED_LOSS_WEIGHTS,
+        *SLOT_TARGETS,
     }
 )
 

@@ -27,11 +27,12 @@ def describe(
 
     `weights` stands with the stream's targets alone. Padding at a row's end is left out. Masked
     slots are under `masked_target_tokens`: `positions` are their places in the row, `inputs` the
-    pieces that the model sees there, and the text is their pieces. The label of a pair of texts,
-    asked for at bos, is the piece `<label 0>` or `<label 1>`.
+    pieces that the model sees there, and the text is their pieces. Where a task has labels, these
+    are the pieces (of a span, those that begin or end there); else the label of a pair of texts,
+    asked for at bos, is the piece `<label 0>` or `<label 1>`. Numbers stand as they are.
     """
     batch = batches.batch(step, rows)
-    vocabulary = batches.task.vocabulary
+    vocabulary, labels = batches.task.vocabulary, batches.task.labels
     first = range(batches.batch_size)[rows][0]
     count = len(next(iter(batch.values())))
     return {
@@ -41,21 +42,23 @@ def describe(
         "rows": [
             {
                 "row": first + i,
-                **describe_row({key: value[i] for key, value in batch.items()}, vocabulary),
+                **describe_row({key: value[i] for key, value in batch.items()}, vocabulary, labels),
             }
             for i in range(count)
         ],
     }
 
 
-def describe_row(row: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> dict[str, Any]:
+def describe_row(
+    row: Mapping[str, np.ndarray], vocabulary: Vocabulary, labels: Sequence[str] = ()
+) -> dict[str, Any]:
     """One row of a batch, arrays `[length]` by batch key, as `describe` shows it."""
-    token_keys = [key for key in row if key.endswith("_tokens")]
+    asked_keys = [key for key in row if key.endswith("_tokens") or key in types.SLOT_TARGETS]
     tokens: dict[str, dict[str, list[Any]]] = {}
     texts: dict[int, dict[str, str]] = {}
-    for key in token_keys:
-        if key == types.MASKED_TARGET_TOKENS:
-            tokens[key], by_segment = _slots(row, vocabulary)
+    for key in asked_keys:
+        if key in types.SLOT_TARGETS:
+            tokens[key], by_segment = _slots(row, key, vocabulary, labels)
         else:
             tokens[key], by_segment = _stream(row, key, vocabulary)
         for segment, text in by_segment.items():
@@ -90,17 +93,24 @@ def _stream(
 
 
 def _slots(
-    row: Mapping[str, np.ndarray], vocabulary: Vocabulary
+    row: Mapping[str, np.ndarray], key: str, vocabulary: Vocabulary, labels: Sequence[str]
 ) -> tuple[dict[str, list[Any]], dict[int, str]]:
     """The used slots' columns, and the pieces asked for by segment."""
     used = int(np.flatnonzero(row[types.MASKED_LOSS_WEIGHTS]).max(initial=-1)) + 1
     places = row[types.MASKED_POSITIONS][:used]
-    ids = row[types.MASKED_TARGET_TOKENS][:used].tolist()
+    ids = row[key][:used].tolist()
     seen = row[types.ENCODER_INPUT_TOKENS][places].tolist()
-    pieces = [
-        f"<label {token}>" if there == vocabulary.bos_id else vocabulary.piece(token)
-        for token, there in zip(ids, seen, strict=True)
-    ]
+
+    def name(token: int, there: int) -> str:
+        if key == types.MASKED_TARGET_VALUES:
+            return f"{token:g}"
+        if key == types.MASKED_TARGET_SPANS:
+            return "+".join(label for bit, label in enumerate(labels) if token >> bit & 1)
+        if labels:
+            return labels[token]
+        return f"<label {token}>" if there == vocabulary.bos_id else vocabulary.piece(token)
+
+    pieces = [name(token, there) for token, there in zip(ids, seen, strict=True)]
     segments = row[types.ENCODER_SEGMENT_IDS][places].tolist()
     shown: dict[str, list[Any]] = {
         "ids": ids,

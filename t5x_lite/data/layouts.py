@@ -70,8 +70,9 @@ def as_encoder(example: Example, lengths: Mapping[str, int]) -> dict[str, np.nda
         masked_targets    6                   masked_target_tokens  6
                                               masked_loss_weights   1    float32
 
-    With token types, `encoder_token_types` besides. Raises InputError for a stream longer than
-    `lengths[stream]`.
+    Numbers stand under `masked_target_values`, and spans under `masked_target_spans`, in the place
+    of `masked_target_tokens`: `Example.asked_as`. With token types, `encoder_token_types` besides.
+    Raises InputError for a stream longer than `lengths[stream]`.
     """
     inputs, positions, targets = example.inputs, example.masked_positions, example.masked_targets
     assert inputs is not None, "a Task checks that the objective makes inputs"
@@ -85,7 +86,7 @@ def as_encoder(example: Example, lengths: Mapping[str, int]) -> dict[str, np.nda
     return {
         **streams,
         types.MASKED_POSITIONS: positions,
-        types.MASKED_TARGET_TOKENS: targets,
+        example.asked_as: targets,
         types.MASKED_LOSS_WEIGHTS: np.ones(len(targets), dtype=np.float32),
     }
 

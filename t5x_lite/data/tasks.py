@@ -16,14 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from t5x_lite.data.layouts import as_encoder_decoder
-from t5x_lite.data.objectives.base import Objective
+from t5x_lite.data.objectives.base import Objective, is_labelled
 from t5x_lite.data.sources import RandomAccess, Record, Source
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.types import InputError
 
 Preprocessor = Callable[[Record], Record]
-# (targets, predictions) -> values by name
-Metric = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
+# (targets, predictions) -> values by name; texts, or what a labelled objective asks for
+Metric = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
 Layout = Callable[..., dict[str, np.ndarray]]
 
 
@@ -84,6 +84,11 @@ class Task:
                 f"task '{self.name}': its objective has another vocabulary than the task; give "
                 "both the same"
             )
+        if self.chunk is not None and is_labelled(self.objective):
+            raise InputError(
+                f"task '{self.name}': Chunks joins documents, and {type(self.objective).__name__} "
+                "asks for the labels of each: set chunk=None"
+            )
         if self.chunk is not None and len(self.objective.features) != 1:
             raise InputError(
                 f"task '{self.name}': Chunks joins documents of one text, but "
@@ -138,7 +143,7 @@ class Task:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of what the objective asks a head to tell apart, in order; empty: it asks tokens."""
+        """Names of what a head tells apart for the objective, in order; of tokens, none."""
         return tuple(getattr(self.objective, "labels", ()))
 
     def open(self, split: str) -> RandomAccess:
@@ -166,7 +171,15 @@ class Task:
         return record
 
     def tokens(self, record: Record) -> tuple[np.ndarray, ...]:
-        """The preprocessed record's tokens by feature, int32, of whatever length, without eos."""
+        """The preprocessed record's tokens by feature, int32, of whatever length, without eos.
+
+        With labels, behind them, where the objective asks for these.
+        """
+        if is_labelled(self.objective):
+            try:
+                return self.objective.read(record)
+            except InputError as error:
+                raise InputError(f"task '{self.name}': {error}") from error
         if "tokens" in record and len(self.objective.features) == 1:
             return (np.asarray(record["tokens"], dtype=np.int32),)
         for feature in self.objective.features:
@@ -182,7 +195,10 @@ class Task:
         self, tokens: Sequence[np.ndarray], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
         """Unpadded arrays by batch key, of the tokens cut to `limits`."""
-        cut = [one[:limit] for one, limit in zip(tokens, self.limits, strict=True)]
+        if is_labelled(self.objective):
+            cut: Sequence[np.ndarray] = self.objective.cut(tokens, self.lengths)
+        else:
+            cut = [one[:limit] for one, limit in zip(tokens, self.limits, strict=True)]
         return self.layout(self.objective(*cut, rng=rng), self.lengths)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from t5x_lite import types
 from t5x_lite.data.objectives.base import wrap
 from t5x_lite.decode import scoring
 from t5x_lite.decode.greedy import greedy
@@ -28,17 +29,20 @@ def write(
 ) -> list[str]:
     """What the model writes behind each prompt, up to the first of the `stops`, without it.
 
-    A decoder alone goes on from its start and the prompt; an encoder reads the prompt with its bos
-    and eos. Raises InputError for a prompt that leaves no room for `max_tokens`.
+    A decoder alone goes on from the prompt, or answers it, as it was trained to; an encoder reads
+    the prompt with its bos and eos. Raises InputError for a prompt that leaves no room for
+    `max_tokens`.
     """
     vocabulary = loaded.vocabulary
     if loaded.model.config.encoder is not None:
         rows = [wrap(vocabulary.encode(text), vocabulary) for text in prompts]
-    else:
+    elif loaded.asking.prompt in (None, "continue"):
         start = np.array([vocabulary.start_id], np.int32)
         rows = [np.concatenate([start, vocabulary.encode(text)]) for text in prompts]
+    else:
+        rows = [scoring.reading(vocabulary, text) for text in prompts]
     tokens = write_tokens(loaded, rows, max_tokens=max_tokens, batch_size=batch_size)
-    return [cut(vocabulary.decode(row), stops) for row in tokens]
+    return [cut(loaded.text(row), stops) for row in tokens]
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -83,6 +87,8 @@ def write_tokens(
                 # A row that only fills the batch up has to see something: the start.
                 fill = [np.array([vocabulary.start_id], np.int32)] * (batch_size - len(rows))
                 batch = pad_left([*rows, *fill], scoring.bucket(max(map(len, rows)), room))
+                if loaded.asking.prompt == "prefix":
+                    batch[types.DECODER_PREFIX] = batch[types.DECODER_SEGMENT_IDS]
             batch = {key: value[local] for key, value in batch.items()}
             written.append(program(loaded.params, partitioner.put_batch(batch, batch_size)))
     found: dict[int, np.ndarray] = {}

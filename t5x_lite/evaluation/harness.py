@@ -169,6 +169,11 @@ class HarnessModel(TemplateLM):
     def _write(self, contexts: Sequence[str], kind: dict[str, Any]) -> list[str]:
         limits = [int(kind[name]) for name in _MOST_NEW if kind.get(name) is not None]
         most = limits[0] if limits else _NEW_TOKENS
+        if kind.get("do_sample", float(kind.get("temperature") or 0.0) > 0.0):
+            raise InputError(
+                "the task samples (do_sample, temperature), and t5x_lite writes greedily here: set "
+                "--gen_kwargs do_sample=False,temperature=0"
+            )
         until = kind.get("until") or []
         until = [until] if isinstance(until, str) else until
         room = self.max_length - most if self.backend == "causal" else self.max_length
@@ -184,4 +189,4 @@ class HarnessModel(TemplateLM):
             max_tokens=most,
             batch_size=self.batch_size,
         )
-        return [cut(self.loaded.vocabulary.decode(row), until) for row in tokens]
+        return [cut(self.loaded.text(row), until) for row in tokens]

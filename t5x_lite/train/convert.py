@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from typing import Any, Final
@@ -10,7 +11,7 @@ import jax
 
 from t5x_lite import trees
 from t5x_lite.data.vocabularies import SentencePieceVocabulary, Vocabulary
-from t5x_lite.interop import load_hf, load_peft, load_t5x, save_hf, save_peft
+from t5x_lite.interop import hf_words, load_hf, load_peft, load_t5x, save_hf, save_peft
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
 from t5x_lite.interop.t5x import load_t5x_adafactor
 from t5x_lite.interop.t5x_files import find as find_t5x
@@ -91,6 +92,9 @@ def convert(
             session = Session(network.config, partitioner=partitioner)
             at, state = (0, {}) if optimizer is None else _resumed(source, session, optimizer)
             run = runs.Run(network.config, session.transform, vocabulary, vocabulary.fingerprint)
+            if kind == "hf":
+                told = hf_words.read(source, network.config)
+                run = dataclasses.replace(run, labels=told.labels, asking=told.asking)
             _save_run(output, run, params, state, at)
     if jax.process_index() == 0:
         print(f"'{output}' holds '{source}' in the format '{to}'")
@@ -225,5 +229,7 @@ def _peft_to_run(
         checkpoint,
         trees.fingerprint(frozen),
         under.seed,
+        under.labels,
+        under.asking,
     )
     _save_run(output, run, trainable, {}, 0)

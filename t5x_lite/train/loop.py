@@ -15,6 +15,7 @@ from rich.console import Console
 
 from t5x_lite import trees, types
 from t5x_lite.data.pipeline import Batches, iterate
+from t5x_lite.decode.asking import asking_of
 from t5x_lite.models import flops
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.transform import Full, Transform
@@ -97,6 +98,7 @@ def train(
     state_shapes = session.state_shapes(transformation)
     fingerprint, labels = vocabulary.fingerprint, batches.task.labels
     run = runs.Run(model, transform, vocabulary, fingerprint, initial, None, seed, labels)
+    run = dataclasses.replace(run, asking=asking_of(batches.task))
     resumed = checks.find_resumed(model_dir, run)
     if initial is not None and resumed is None:
         checks.check_vocabulary(runs.Run.read(initial.model_dir), vocabulary, initial.model_dir)
@@ -113,7 +115,7 @@ def train(
             params, opt_state = checkpointer.restore(
                 start, state_shapes.params, state_shapes.opt_state
             )
-            run = dataclasses.replace(resumed, model=model)
+            run = dataclasses.replace(resumed, model=model, asking=run.asking)
             say(f"Resuming {model_dir} from its own checkpoint of step {start}")
             if initial is not None:
                 say(f"  (train.initial, {initial.model_dir}, was read when the run began)")

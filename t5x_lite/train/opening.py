@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from typing import Any, Final
+from typing import Final
 
 import jax
 
@@ -16,12 +16,10 @@ from t5x_lite.data.vocabularies import (
     Vocabulary,
 )
 from t5x_lite.decode.loaded import Loaded
-from t5x_lite.interop import load_hf, load_peft
-from t5x_lite.interop import safetensors_files as files
+from t5x_lite.interop import hf_words, load_hf, load_peft
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
 from t5x_lite.models import transformer
 from t5x_lite.models.config import ModelConfig
-from t5x_lite.models.config_heads import SequenceHead, TokenHead
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
@@ -31,7 +29,6 @@ from t5x_lite.train.session import Session
 from t5x_lite.types import InputError, Params
 
 _HF: Final = "config.json"
-_GENERATION: Final = "generation_config.json"
 _PEFT: Final = "adapter_config.json"
 
 
@@ -127,7 +124,14 @@ def _open_run(path: str, step: int | None, partitioner: Partitioner, *, merged: 
 
 
 def _of_run(run: runs.Run, session: Session, params: Params) -> Loaded:
-    return Loaded(session.model, params, run.vocabulary, session.partitioner)
+    return Loaded(
+        session.model,
+        params,
+        run.vocabulary,
+        session.partitioner,
+        labels=run.labels,
+        asking=run.asking,
+    )
 
 
 def _open_tuned(
@@ -182,26 +186,23 @@ def _structs(config: ModelConfig) -> Params:
 
 def _open_hf(path: str, vocabulary: Vocabulary | None, partitioner: Partitioner) -> Loaded:
     model, params = load_hf(path, partitioner=partitioner)
-    settings = files.read_json(os.path.join(path, _HF))
-    generation = os.path.join(path, _GENERATION)
-    # Later versions of transformers keep what concerns generation in a file of its own.
-    special = {**settings, **(files.read_json(generation) if os.path.exists(generation) else {})}
+    told = hf_words.read(path, model.config)
     if vocabulary is None:
-        vocabulary = _with_start(find_vocabulary(path), model.config, special)
-    ends = _ids(special.get("eos_token_id"), model.config)
+        vocabulary = _with_start(find_vocabulary(path), model.config, told.starts)
+    ends = () if told.ends == (vocabulary.eos_id,) else told.ends
     return Loaded(
         model,
         params,
         vocabulary,
         partitioner,
-        labels=_labels(settings, model),
-        end_ids=() if ends == (vocabulary.eos_id,) else ends,
+        labels=told.labels,
+        end_ids=ends,
+        asking=told.asking,
     )
 
 
-def _with_start(vocabulary: Vocabulary, config: ModelConfig, special: dict[str, Any]) -> Vocabulary:
+def _with_start(vocabulary: Vocabulary, config: ModelConfig, starts: tuple[int, ...]) -> Vocabulary:
     """A decoder alone begins with the config's bos, whatever its tokenizer's files say."""
-    starts = _ids(special.get("bos_token_id"), config)
     if config.encoder is not None or not starts or starts[0] == vocabulary.start_id:
         return vocabulary
     if not isinstance(vocabulary, TokenizersVocabulary | SentencePieceVocabulary):
@@ -209,17 +210,3 @@ def _with_start(vocabulary: Vocabulary, config: ModelConfig, special: dict[str, 
     if starts[0] >= vocabulary.size:
         return vocabulary
     return dataclasses.replace(vocabulary, start_token=vocabulary.piece(starts[0]))
-
-
-def _ids(value: Any, config: ModelConfig) -> tuple[int, ...]:
-    """Token ids of a setting: None, one, or several; those that the model does not have go."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(x for x in values if isinstance(x, int) and 0 <= x < config.vocab_size)
-
-
-def _labels(settings: dict[str, Any], model: Transformer) -> tuple[str, ...]:
-    """The names that `id2label` gives to the head's labels."""
-    head, names = model.config.head, settings.get("id2label") or {}
-    if not isinstance(head, SequenceHead | TokenHead) or len(names) != head.num_labels:
-        return ()
-    return tuple(str(names[index]) for index in sorted(names, key=int))

@@ -1,6 +1,6 @@
 """A run's folder: what is in it, and how to get its model back without gin.
 
-run.json            model, transform, vocabulary, base, labels: enough to load the run
+run.json            model, transform, vocabulary, base, labels: enough to load and ask the run
 config.gin          the operative config: enough to launch it again
 vocabulary.model    the vocabulary's file: a SentencePiece model or a tokenizer.json
 checkpoints/        see `checkpoint`
@@ -25,6 +25,7 @@ from t5x_lite.data.vocabularies import (
     TokenizersVocabulary,
     Vocabulary,
 )
+from t5x_lite.decode.asking import Asking
 from t5x_lite.models import config_heads, config_positions
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.peft.lora import LoRA
@@ -71,6 +72,7 @@ class Run:
     base_fingerprint: str | None = None  # of the frozen parameters
     seed: int = 0  # what fresh weights were drawn from
     labels: tuple[str, ...] = ()  # names of what a SequenceHead or TokenHead tells apart, in order
+    asking: Asking = Asking()  # how it was trained to be asked
 
     def write(self, model_dir: str) -> None:
         """Writes `run.json` and the vocabulary's file beside it."""
@@ -86,6 +88,7 @@ class Run:
             "base_fingerprint": self.base_fingerprint,
             "seed": self.seed,
             "labels": list(self.labels),
+            "asking": dataclasses.asdict(self.asking),
         }
         temporary = os.path.join(model_dir, FILE + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
@@ -121,7 +124,9 @@ class Run:
                 base=None if base is None else RunCheckpoint(**base),
                 base_fingerprint=record["base_fingerprint"],
                 seed=record["seed"],
-                labels=tuple(record.get("labels", ())),  # runs of before had none
+                # Runs of before had neither.
+                labels=tuple(record.get("labels", ())),
+                asking=Asking(**record.get("asking", {})),
             )
         except (KeyError, TypeError) as error:
             raise InputError(

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from t5x_lite import types
+from t5x_lite.data.layouts import as_decoder, as_prefix_lm
+from t5x_lite.data.objectives import TextToText
 from t5x_lite.data.vocabularies import ByteVocabulary
 from t5x_lite.decode import scoring
+from t5x_lite.decode.asking import Asking
 from t5x_lite.decode.choices import choices, score_choices
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.scoring import Item
@@ -129,6 +132,22 @@ def test_the_prompt_is_read_once(monkeypatch):
     assert set(seen) == {(2, 7), (2, 2)}  # the last token of a choice predicts nothing
 
 
+@pytest.mark.parametrize(
+    ("prompt", "layout"), [slow("wrapped", as_decoder), ("prefix", as_prefix_lm)]
+)
+def test_a_decoder_that_answers_is_scored_as_its_layout_trains_it(prompt, layout):
+    of = dataclasses.replace(loaded("gpt2"), asking=Asking(prompt=prompt))
+    made = TextToText(BYTES)(BYTES.encode("a red "), BYTES.encode("fox"))
+    batch = {key: value[None] for key, value in layout(made, {"decoder": 32}).items()}
+    score_rows = jax.jit(functools.partial(scoring.score_rows, of.model))
+    logprob, tokens, greedy = score_rows(of.params, batch)
+    expected = pytest.approx(float(logprob[0]), rel=1e-5)
+    (score,) = scoring.loglikelihood(of, [("a red ", "fox")], batch_size=8)
+    ((choice, _),) = choices(of, [("a red ", ["fox", "dog"])], batch_size=8)
+    for found in (score, choice):
+        assert found == scoring.Score(expected, int(tokens[0]), bool(greedy[0]))
+
+
 def test_greedy_is_what_argmax_would_write():
     """Fed with its own most probable tokens a row is greedy, and with one other token it isn't."""
     of = loaded("gpt2")
@@ -187,8 +206,8 @@ def test_what_cannot_be_scored_is_said_before_compiling():
         scoring.loglikelihood(of, [("a" * 40, "bcd")], batch_size=8)
     with pytest.raises(InputError, match="no choices"):
         choices(of, [("a", [])])
+    both = dataclasses.replace(of, model=type(of.model)(common.T5))
     with pytest.raises(InputError, match="decoder alone"):
-        both = dataclasses.replace(of, model=type(of.model)(common.T5))
         scoring.rolling_loglikelihood(both, ["a"], length=8)
     with pytest.raises(InputError, match="overlap=9"):
         scoring.windows(np.arange(3), 0, 8, 9)

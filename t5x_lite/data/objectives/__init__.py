@@ -8,6 +8,7 @@ example), so that every epoch is noised anew, as RoBERTa does, and every run ali
 | objective | family | layouts |
 |---|---|---|
 | `MaskedLM`, `NextSentencePairs` | encoder | `as_encoder` |
+| `Classify`, `Regress`, `Tag`, `SpanAnswer` (labels, not tokens) | encoder | `as_encoder` |
 | `CausalLM`, `FillInTheMiddle` | decoder | `as_decoder` |
 | `PrefixLM`, `TextToText`, `SpanCorruption`, `IidDenoising`, `UL2`, `BART` | encoder-decoder, or decoder | `as_encoder_decoder`, `as_prefix_lm`, `as_decoder` |
 """  # noqa: E501
@@ -20,8 +21,16 @@ from t5x_lite.data.objectives.bart import (
     TokenDeletion,
     TokenMasking,
 )
-from t5x_lite.data.objectives.base import Example, Objective, append_eos, as_text
+from t5x_lite.data.objectives.base import (
+    Example,
+    Labelled,
+    Objective,
+    append_eos,
+    as_text,
+    is_labelled,
+)
 from t5x_lite.data.objectives.causal import CausalLM, FillInTheMiddle, PrefixLM
+from t5x_lite.data.objectives.labels import Classify, Regress
 from t5x_lite.data.objectives.masks import (
     iid_noise_mask,
     noise_counts,
@@ -36,18 +45,22 @@ from t5x_lite.data.objectives.span_corruption import (
     SpanCorruption,
     span_corruption_lengths,
 )
+from t5x_lite.data.objectives.spans import SpanAnswer
 from t5x_lite.data.objectives.text_to_text import TextToText
 from t5x_lite.data.objectives.ul2 import UL2, Denoiser
+from t5x_lite.data.objectives.words import Tag, encode_words
 
 __all__ = [
     "BART",
     "UL2",
     "CausalLM",
+    "Classify",
     "Denoiser",
     "DocumentRotation",
     "Example",
     "FillInTheMiddle",
     "IidDenoising",
+    "Labelled",
     "MaskSpans",
     "MaskTokens",
     "MaskWholeWords",
@@ -55,15 +68,20 @@ __all__ = [
     "NextSentencePairs",
     "Objective",
     "PrefixLM",
+    "Regress",
     "SentencePermutation",
+    "SpanAnswer",
     "SpanCorruption",
+    "Tag",
     "TextInfilling",
     "TextToText",
     "TokenDeletion",
     "TokenMasking",
     "append_eos",
     "as_text",
+    "encode_words",
     "iid_noise_mask",
+    "is_labelled",
     "noise_after_sentinels",
     "noise_counts",
     "random_segmentation",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
 from t5x_lite.data.vocabularies import Vocabulary
-from t5x_lite.types import InputError
+from t5x_lite.types import MASKED_TARGET_TOKENS, InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,6 +21,7 @@ class Example:
     masked_positions: np.ndarray | None = None  # places in the inputs that are predicted
     masked_targets: np.ndarray | None = None  # what stood there; as long as masked_positions
     token_types: np.ndarray | None = None  # of each input: 0 in sentence A, 1 in sentence B
+    asked_as: str = MASKED_TARGET_TOKENS  # the batch key of masked_targets
     start_id: int = 0  # what the decoder has before it writes its first token
 
 
@@ -57,6 +58,32 @@ class Objective(Protocol):
     def vocabulary(self) -> Vocabulary: ...
     def fit(self, lengths: Mapping[str, int]) -> tuple[int, ...]: ...
     def __call__(self, *tokens: np.ndarray, rng: np.random.Generator) -> Example: ...
+
+
+class Labelled(Objective, Protocol):
+    """An objective that asks for labels: it reads its records itself, for labels are no text.
+
+    `asks` says of what: of a "sequence", of each "token", a "value" of a sequence, or a "span". The
+    arrays that `read` takes from a record are cut by `cut` before the call. `truth` is what metrics
+    take for the record's target, and `answer` the prediction that a head's scores of the asked
+    slots, float32 `[asked, labels]`, make.
+    """
+
+    @property
+    def asks(self) -> str: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    def read(self, record: Mapping[str, Any]) -> tuple[np.ndarray, ...]: ...
+    def cut(
+        self, arrays: Sequence[np.ndarray], lengths: Mapping[str, int]
+    ) -> tuple[np.ndarray, ...]: ...
+    def truth(self, record: Mapping[str, Any]) -> Any: ...
+    def answer(self, record: Mapping[str, Any], scores: np.ndarray) -> Any: ...
+
+
+def is_labelled(objective: Any) -> TypeGuard[Labelled]:
+    """Whether an objective asks for labels."""
+    return hasattr(objective, "asks")
 
 
 # --- beginnings and ends -------------------------------------------------------------------------
