@@ -293,7 +293,7 @@ def encoder_rows(
     return {types.ENCODER_INPUT_TOKENS: tokens, types.ENCODER_SEGMENT_IDS: real.astype(np.int32)}
 
 
-def padded(parts: Sequence[np.ndarray], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(parts: Sequence[Any], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """int32 `[rows, width]` that begins with `parts`, zeros behind, and which are theirs."""
     tokens: np.ndarray = np.zeros((rows, width), np.int32)
     real: np.ndarray = np.zeros((rows, width), bool)

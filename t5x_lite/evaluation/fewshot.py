@@ -19,6 +19,7 @@ from t5x_lite.data.sources import RandomAccess, Record, Source
 from t5x_lite.data.tasks import Preprocessor
 from t5x_lite.decode.choices import choices
 from t5x_lite.decode.loaded import Loaded
+from t5x_lite.decode.sampling import Greedy, Strategy
 from t5x_lite.decode.scoring import Score
 from t5x_lite.evaluation.generation import write
 from t5x_lite.evaluation.metrics import Metric, exact_match
@@ -145,11 +146,12 @@ class Choose:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Write:
-    """What the model writes greedily behind the question, up to a stop, without spaces around."""
+    """What the model writes behind the question, up to a stop, without spaces around."""
 
     target_field: str = "targets"
     max_tokens: int = 32
     stops: tuple[str, ...] = ("\n",)
+    strategy: Strategy = Greedy()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stops", tuple(self.stops))
@@ -177,7 +179,7 @@ class InContext:
     preprocessors: Sequence[Preprocessor] = ()
     metrics: Sequence[Metric] = (exact_match,)  # of the right answers and those given
     limit: int | None = None  # the first so many of the split; None: all
-    seed: int = 0  # of the shots
+    seed: int = 0  # of the shots, and of what is drawn
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "preprocessors", tuple(self.preprocessors))
@@ -252,6 +254,8 @@ def answer(
             [prompt.text for prompt in asked],
             max_tokens=how.max_tokens,
             stops=how.stops,
+            strategy=how.strategy,
+            seed=task.seed,
             batch_size=batch_size,
         )
         answers = [{"prediction": text.strip()} for text in found]

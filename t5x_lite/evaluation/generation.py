@@ -12,11 +12,14 @@ import numpy as np
 from t5x_lite import types
 from t5x_lite.data.objectives.base import wrap
 from t5x_lite.decode import scoring
-from t5x_lite.decode.greedy import greedy
+from t5x_lite.decode.generate import generate
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.prompts import pad_left
+from t5x_lite.decode.sampling import Greedy, Strategy
 from t5x_lite.models.transformer import Transformer
-from t5x_lite.types import InputError
+from t5x_lite.types import Array, Batch, InputError, Params
+
+_NUMBERS = "numbers"  # beside a batch: which prompt each row is
 
 
 def write(
@@ -25,6 +28,8 @@ def write(
     *,
     max_tokens: int,
     stops: Sequence[str] = (),
+    strategy: Strategy = Greedy(),
+    seed: int = 0,
     batch_size: int = 8,
 ) -> list[str]:
     """What the model writes behind each prompt, up to the first of the `stops`, without it.
@@ -41,7 +46,9 @@ def write(
         rows = [np.concatenate([start, vocabulary.encode(text)]) for text in prompts]
     else:
         rows = [scoring.reading(vocabulary, text) for text in prompts]
-    tokens = write_tokens(loaded, rows, max_tokens=max_tokens, batch_size=batch_size)
+    tokens = write_tokens(
+        loaded, rows, max_tokens=max_tokens, strategy=strategy, seed=seed, batch_size=batch_size
+    )
     return [cut(loaded.text(row), stops) for row in tokens]
 
 
@@ -52,9 +59,18 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def write_tokens(
-    loaded: Loaded, prompts: Sequence[np.ndarray], *, max_tokens: int, batch_size: int = 8
+    loaded: Loaded,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_tokens: int,
+    strategy: Strategy = Greedy(),
+    seed: int = 0,
+    batch_size: int = 8,
 ) -> list[np.ndarray]:
-    """The tokens behind prompts of token ids, int32 `[max_tokens]`: up to eos, then padding."""
+    """The tokens behind prompts of token ids, int32 `[max_tokens]`: up to eos, then padding.
+
+    What is drawn behind a prompt depends on `seed` and its number alone.
+    """
     config, partitioner = loaded.model.config, loaded.partitioner
     scoring.check_scored(config)
     partitioner.check_batch_size(batch_size)
@@ -73,8 +89,8 @@ def write_tokens(
                 "shots, or lower max_tokens"
             )
     vocabulary = loaded.vocabulary
-    ids = (vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id)
-    program = _program(loaded.model, max_tokens, ids, partitioner.replicated)
+    ids = (loaded.ends, vocabulary.pad_id, vocabulary.start_id)
+    program = _program(loaded.model, strategy, max_tokens, ids, seed, partitioner.replicated)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     local, written = partitioner.local_rows(batch_size), []
@@ -89,6 +105,8 @@ def write_tokens(
                 batch = pad_left([*rows, *fill], scoring.bucket(max(map(len, rows)), room))
                 if loaded.asking.prompt == "prefix":
                     batch[types.DECODER_PREFIX] = batch[types.DECODER_SEGMENT_IDS]
+            numbers = scoring.padded([[i] for i in part], batch_size, 1)[0]
+            batch = {**batch, _NUMBERS: numbers}
             batch = {key: value[local] for key, value in batch.items()}
             written.append(program(loaded.params, partitioner.put_batch(batch, batch_size)))
     found: dict[int, np.ndarray] = {}
@@ -99,10 +117,27 @@ def write_tokens(
 
 @functools.lru_cache(maxsize=8)
 def _program(
-    model: Transformer, max_tokens: int, ids: tuple[int, int, int], out_shardings: Any
+    model: Transformer,
+    strategy: Strategy,
+    max_tokens: int,
+    ids: tuple[tuple[int, ...], int, int],
+    seed: int,
+    out_shardings: Any,
 ) -> Any:
-    eos, pad, start = ids
-    ask = functools.partial(
-        greedy, model, max_tokens=max_tokens, eos_id=eos, pad_id=pad, start_id=start
-    )
+    ends, pad, start = ids
+
+    def ask(params: Params, batch: Batch) -> Array:
+        key, numbers = jax.random.key(seed), batch[_NUMBERS][:, 0]
+        return generate(
+            model,
+            params,
+            {name: value for name, value in batch.items() if name != _NUMBERS},
+            strategy=strategy,
+            max_tokens=max_tokens,
+            eos_id=ends,
+            pad_id=pad,
+            start_id=start,
+            rng=jax.vmap(functools.partial(jax.random.fold_in, key))(numbers),
+        )
+
     return jax.jit(ask, out_shardings=out_shardings)

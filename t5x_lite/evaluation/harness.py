@@ -18,6 +18,7 @@ from t5x_lite.data.objectives.base import wrap
 from t5x_lite.decode import scoring
 from t5x_lite.decode.choices import score_alternatives
 from t5x_lite.decode.loaded import Loaded
+from t5x_lite.decode.sampling import Greedy, Sampling
 from t5x_lite.decode.scoring import Item, Score
 from t5x_lite.evaluation.generation import cut, write_tokens
 from t5x_lite.types import InputError
@@ -39,6 +40,7 @@ class HarnessModel(TemplateLM):
       add_bos_token: whether a decoder's rows begin with the start token. Models trained here expect
         it; GPT-2's and GPT-NeoX's tokenizers leave it out, Llama's put it in. An empty context
         always is that token.
+      seed: of what is drawn, for tasks that sample.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class HarnessModel(TemplateLM):
         batch_size: int | str = 8,
         max_length: int | None = None,
         add_bos_token: bool = True,
+        seed: int = 0,
     ):
         super().__init__()
         scoring.check_scored(loaded.model.config)
@@ -55,7 +58,7 @@ class HarnessModel(TemplateLM):
             raise InputError(f"batch_size={batch_size}: expected a number of rows, from 1 on")
         shards = loaded.partitioner.batch_shards
         self.batch_size = math.ceil(int(batch_size) / shards) * shards
-        self.loaded, self.add_bos_token = loaded, add_bos_token
+        self.loaded, self.add_bos_token, self.seed = loaded, add_bos_token, seed
         config = loaded.model.config
         self.backend = "causal" if config.encoder is None else "seq2seq"
         known = [scoring.limit(s) for s in (config.encoder, config.decoder) if s is not None]
@@ -169,11 +172,6 @@ class HarnessModel(TemplateLM):
     def _write(self, contexts: Sequence[str], kind: dict[str, Any]) -> list[str]:
         limits = [int(kind[name]) for name in _MOST_NEW if kind.get(name) is not None]
         most = limits[0] if limits else _NEW_TOKENS
-        if kind.get("do_sample", float(kind.get("temperature") or 0.0) > 0.0):
-            raise InputError(
-                "the task samples (do_sample, temperature), and t5x_lite writes greedily here: set "
-                "--gen_kwargs do_sample=False,temperature=0"
-            )
         until = kind.get("until") or []
         until = [until] if isinstance(until, str) else until
         room = self.max_length - most if self.backend == "causal" else self.max_length
@@ -187,6 +185,23 @@ class HarnessModel(TemplateLM):
             self.loaded,
             [np.asarray(row, np.int32) for row in rows],
             max_tokens=most,
+            strategy=strategy_of(kind),
+            seed=self.seed,
             batch_size=self.batch_size,
         )
         return [cut(self.loaded.text(row), until) for row in tokens]
+
+
+def strategy_of(kind: dict[str, Any]) -> Greedy | Sampling:
+    """What a task's `generation_kwargs` ask for, as Hugging Face reads them."""
+    temperature = float(kind.get("temperature") or 0.0)
+    penalty = float(kind.get("repetition_penalty", 1.0))
+    if not kind.get("do_sample", temperature > 0.0):
+        return Greedy(repetition_penalty=penalty)
+    return Sampling(
+        temperature=temperature or 1.0,
+        top_k=kind.get("top_k"),
+        top_p=kind.get("top_p"),
+        min_p=kind.get("min_p"),
+        repetition_penalty=penalty,
+    )

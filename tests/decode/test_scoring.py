@@ -120,12 +120,13 @@ def test_the_prompt_is_read_once(monkeypatch):
     prompts = {types.DECODER_INPUT_TOKENS: np.ones((2, 7), np.int32)}
     targets = np.ones((2, 5, 3), np.int32)
     seen = []
-    decode = type(of.model)._decode
-    monkeypatch.setattr(
-        type(of.model),
-        "_decode",
-        lambda self, tokens, *rest: seen.append(tokens.shape) or decode(self, tokens, *rest),
-    )
+    embed = type(of.model)._embed
+
+    def watched(self, tokens):
+        seen.append(tokens.shape)
+        return embed(self, tokens)
+
+    monkeypatch.setattr(type(of.model), "_embed", watched)
     jax.eval_shape(
         functools.partial(score_choices, of.model), of.params, prompts, targets, targets > 0
     )

@@ -122,7 +122,7 @@ def test_calibrated_answers_come_from_prompts_with_the_same_shots():
 
 
 def test_written_answers_end_at_a_stop(monkeypatch):
-    def write(loaded, prompts, *, max_tokens, stops, batch_size):
+    def write(loaded, prompts, *, max_tokens, stops, **options):
         assert (max_tokens, stops) == (3, (".",))
         return [f" {prompt[-5:]} " for prompt in prompts]
 

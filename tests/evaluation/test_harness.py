@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from t5x_lite.decode.sampling import Greedy, Sampling
 from t5x_lite.train import convert, harness
 from t5x_lite.types import InputError
 
@@ -105,6 +106,15 @@ def test_generation(lm_eval, folder):
     assert len({str(answer) for answer in expected}) > 3  # not one text for all
     assert ours == pytest.approx(theirs, abs=1e-12)
     assert theirs["chrf,none"] > 0.0
+
+
+def test_tasks_may_sample(lm_eval):
+    from t5x_lite.evaluation.harness import strategy_of
+
+    assert strategy_of({"do_sample": False, "temperature": 0.7}) == Greedy()
+    assert strategy_of({"temperature": 0.0}) == Greedy()
+    assert strategy_of({"temperature": 0.7, "top_p": 0.9}) == Sampling(0.7, top_p=0.9)
+    assert strategy_of({"do_sample": True, "top_k": 5}) == Sampling(1.0, top_k=5)
 
 
 def test_whole_documents(lm_eval, folder):
