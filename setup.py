@@ -16,6 +16,7 @@ EXTRAS = {
     "studies": ["matplotlib>=3.8"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"],
     "fixtures": ["torch>=2.6", "transformers>=5.0"],  # tests/fixtures/make_*.py alone
+    "lm_eval": ["lm_eval>=0.4.13"],  # its tests also need its own extra, lm_eval[hf], and so torch
     "dev": ["ruff==0.17.6", "mypy==2.4.1"],
 }
 
@@ -49,4 +50,5 @@ setup(
         "tokenizers>=0.20",
     ],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["t5x_lite-lm_eval = t5x_lite.train.harness:main"]},
 )

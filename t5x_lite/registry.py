@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from t5x_lite.data import (
     layouts,
+    mappings,
     objectives,
     packing,
     pipeline,
@@ -21,16 +22,18 @@ from t5x_lite.data import (
 )
 from t5x_lite.data.builders import catalog
 from t5x_lite.decode import sampling
-from t5x_lite.evaluation import label_metrics, metrics, text_labels, text_metrics
+from t5x_lite.evaluation import fewshot, label_metrics, metrics, text_labels, text_metrics
 from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import demo
+from t5x_lite.studies.in_context import study_in_context
 from t5x_lite.train import (
     checkpoint,
     convert,
     evaluate,
+    in_context,
     infer,
     inspect,
     loop,
@@ -56,6 +59,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     sources.TfdsSource,
     sources.PairedSource,
     selection.Where,
+    mappings.Mappings,
     textfiles.Lines,
     textfiles.Paragraphs,
     # tasks
@@ -150,10 +154,17 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     label_metrics.pearson,
     label_metrics.spearman,
     label_metrics.entities,
+    # learning in context
+    fewshot.InContext,
+    fewshot.Template,
+    fewshot.Choose,
+    fewshot.Write,
+    fewshot.Calibration,
     # programs
     loop.train,
     offline.evaluate_run,
     infer.infer,
+    in_context.evaluate_in_context,
     inspect.inspect_data,
     inspect.inspect_params,
     convert.convert,
@@ -163,4 +174,5 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     vocabulary_training.train_vocabulary,
     catalog.prepare,
     demo.report,
+    study_in_context,
 )
