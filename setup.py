@@ -33,6 +33,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20",
+        "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.5",
         "sentencepiece>=0.2",

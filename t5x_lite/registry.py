@@ -17,7 +17,7 @@ from t5x_lite.data import (
     vocabularies,
     vocabulary_training,
 )
-from t5x_lite.data.builders import bible
+from t5x_lite.data.builders import catalog
 from t5x_lite.decode import sampling
 from t5x_lite.evaluation import metrics
 from t5x_lite.models import config, config_heads, config_positions
@@ -134,6 +134,6 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     convert.run_model,
     convert.run_vocabulary,
     vocabulary_training.train_vocabulary,
-    bible.prepare,
+    catalog.prepare,
     demo.report,
 )

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from absl import logging
 
@@ -57,7 +58,7 @@ class RunCheckpoint:
     """A checkpoint of a run to start from: its folder, and a step (None: the latest)."""
 
     model_dir: str
-    step: int | None = None
+    step: int | Literal["best"] | None = None  # "best": by its CheckpointPolicy.best_metric
 
 
 @dataclass(frozen=True)
