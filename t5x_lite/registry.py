@@ -23,7 +23,7 @@ from t5x_lite.evaluation import metrics
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
-from t5x_lite.studies import demo
+from t5x_lite.studies import demo, skipgram, word2vec
 from t5x_lite.train import (
     checkpoint,
     convert,
@@ -136,4 +136,6 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     vocabulary_training.train_vocabulary,
     catalog.prepare,
     demo.report,
+    skipgram.SkipGram,
+    word2vec.train_word2vec,
 )
