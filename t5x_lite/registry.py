@@ -23,10 +23,11 @@ from t5x_lite.evaluation import metrics
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
-from t5x_lite.studies import demo, skipgram, word2vec
+from t5x_lite.studies import demo, skipgram, word2vec, words
 from t5x_lite.train import (
     checkpoint,
     convert,
+    embed,
     evaluate,
     infer,
     inspect,
@@ -128,6 +129,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     loop.train,
     offline.evaluate_run,
     infer.infer,
+    embed.embed,
     inspect.inspect_data,
     inspect.inspect_params,
     convert.convert,
@@ -138,4 +140,5 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     demo.report,
     skipgram.SkipGram,
     word2vec.train_word2vec,
+    words.study_words,
 )

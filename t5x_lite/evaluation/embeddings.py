@@ -44,8 +44,8 @@ def nearest(
         )
     if not 1 <= k <= len(vectors):
         raise InputError(f"{k} neighbours of {len(vectors)} vectors: expected 1 to all")
-    indices = np.empty((len(queries), k), np.int64)
-    cosines = np.empty((len(queries), k), np.float32)
+    indices: np.ndarray = np.empty((len(queries), k), np.int64)
+    cosines: np.ndarray = np.empty((len(queries), k), np.float32)
     for start in range(0, len(queries), block):
         part = slice(start, start + block)
         scores = queries[part] @ vectors.T

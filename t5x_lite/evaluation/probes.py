@@ -93,7 +93,7 @@ def vote(
     """The label that the cosines of a query's k nearest vectors add up highest for."""
     known, targets = _labels(vectors, labels)
     indices, cosines = nearest(queries, vectors, min(k, len(vectors)))
-    votes = np.zeros((len(indices), len(known)), np.float32)
+    votes: np.ndarray = np.zeros((len(indices), len(known)), np.float32)
     rows = np.broadcast_to(np.arange(len(indices))[:, None], indices.shape)
     np.add.at(votes, (rows, targets[indices]), cosines)
     return [known[i] for i in np.argmax(votes, axis=-1)]

@@ -63,7 +63,7 @@ def token_corpus(texts: Iterable[str], vocabulary: Vocabulary, min_count: int) -
     """
     names = tuple(vocabulary.piece(token) for token in range(vocabulary.size))
     documents = [np.asarray(vocabulary.encode(text), np.int32) for text in texts]
-    counts = np.zeros(len(names), np.int64)
+    counts: np.ndarray = np.zeros(len(names), np.int64)
     for ids in documents:
         counts += np.bincount(ids, minlength=len(names))
     return _corpus((ids[counts[ids] >= min_count] for ids in documents), names)
@@ -131,7 +131,7 @@ class Sizes(NamedTuple):
 def empty(sizes: Sizes) -> Windows:
     """Windows that reach nowhere, in the shapes and dtypes of all others."""
     steps, blocks, centres, window, m = sizes
-    reach = np.zeros((steps, blocks, centres), np.int8)
+    reach: np.ndarray = np.zeros((steps, blocks, centres), np.int8)
     return Windows(
         np.zeros((steps, blocks, centres + 2 * window), np.int32),
         reach,
@@ -162,7 +162,7 @@ def windows(
     kept = np.flatnonzero(rng.random(len(corpus.tokens), np.float32) < keep[corpus.tokens])
     tokens, count = corpus.tokens[kept], len(kept)
     starts = np.searchsorted(kept, corpus.starts)
-    lengths = np.diff(np.append(starts, count))
+    lengths: np.ndarray = np.diff(np.append(starts, count))
     place = np.arange(count) - np.repeat(starts, lengths)
     reach = rng.integers(1, window + 1, count)
     left = np.minimum(reach, place)
