@@ -27,11 +27,12 @@ from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
-from t5x_lite.studies import demo
+from t5x_lite.studies import demo, skipgram, word2vec, words
 from t5x_lite.studies.in_context import study_in_context
 from t5x_lite.train import (
     checkpoint,
     convert,
+    embed,
     evaluate,
     in_context,
     infer,
@@ -165,6 +166,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     offline.evaluate_run,
     infer.infer,
     in_context.evaluate_in_context,
+    embed.embed,
     inspect.inspect_data,
     inspect.inspect_params,
     convert.convert,
@@ -175,4 +177,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     catalog.prepare,
     demo.report,
     study_in_context,
+    skipgram.SkipGram,
+    word2vec.train_word2vec,
+    words.study_words,
 )
