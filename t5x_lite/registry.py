@@ -26,6 +26,7 @@ from t5x_lite.evaluation import fewshot, label_metrics, metrics, text_labels, te
 from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
+from t5x_lite.serving import serve
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import demo, skipgram, word2vec, words
 from t5x_lite.studies.in_context import study_in_context
@@ -167,6 +168,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     infer.infer,
     in_context.evaluate_in_context,
     embed.embed,
+    serve.serve,
     inspect.inspect_data,
     inspect.inspect_params,
     convert.convert,

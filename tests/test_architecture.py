@@ -27,7 +27,7 @@ RANK = {
     **dict.fromkeys(("decode", "interop"), 5),
     "evaluation": 6,
     "train": 7,
-    **dict.fromkeys(("planning", "studies"), 8),
+    **dict.fromkeys(("planning", "serving", "studies"), 8),
     **dict.fromkeys(("bindings", "commandline", "registry", "configure"), 9),
     "scripts": 10,
 }
