@@ -158,7 +158,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     label_metrics.entities,
     # learning in context
     fewshot.InContext,
-    fewshot.Template,
+    fewshot.ShotTemplate,
     fewshot.Choose,
     fewshot.Write,
     fewshot.Calibration,

@@ -29,7 +29,7 @@ Per: TypeAlias = Literal["token", "byte", "text"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Template:
+class ShotTemplate:
     """How examples look in a prompt: fields of the record in braces.
 
         question "Review: {text}\\nIt is"   answer " {answer}."   separator "\\n\\n"   two shots:
@@ -54,11 +54,11 @@ class Template:
     def __post_init__(self) -> None:
         if _fields(self.answer) != {"answer"}:
             raise InputError(
-                f"Template.answer is {self.answer!r}: expected {{answer}} in it, alone"
+                f"ShotTemplate.answer is {self.answer!r}: expected {{answer}} in it, alone"
             )
         if not _fields(self.question):
             raise InputError(
-                f"Template.question is {self.question!r}: expected a field of the record in it, "
+                f"ShotTemplate.question is {self.question!r}: expected a field in it, "
                 "such as {inputs}"
             )
 
@@ -67,7 +67,7 @@ class Template:
         missing = _fields(self.question) - set(record)
         if missing:
             raise InputError(
-                f"Template.question asks for {{{', '.join(sorted(missing))}}}, but the record has "
+                f"ShotTemplate asks for {{{', '.join(sorted(missing))}}}, but the record has "
                 f"{', '.join(record)}"
             )
         return self.question.format_map(dict(record))
@@ -172,7 +172,7 @@ class InContext:
 
     name: str
     source: Source
-    template: Template
+    template: ShotTemplate
     answer: Choose | Write
     split: str = "test"  # what is asked
     shots_split: str = "train"  # what stands before it
@@ -273,7 +273,7 @@ def answer(
 
 
 def _choose(
-    loaded: Loaded, template: Template, how: Choose, asked: Sequence[Prompt], batch_size: int
+    loaded: Loaded, template: ShotTemplate, how: Choose, asked: Sequence[Prompt], batch_size: int
 ) -> list[dict[str, Any]]:
     bare = how.calibration.texts if how.calibration is not None else ()
     questions = []

@@ -13,7 +13,7 @@ from t5x_lite.data.vocabularies import ByteVocabulary
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.scoring import Score, loglikelihood
 from t5x_lite.evaluation import fewshot
-from t5x_lite.evaluation.fewshot import Calibration, Choose, InContext, Template, Write
+from t5x_lite.evaluation.fewshot import Calibration, Choose, InContext, ShotTemplate, Write
 from t5x_lite.models.config_positions import RelativeBias
 from t5x_lite.sharding import Partitioner
 from t5x_lite.types import InputError
@@ -38,7 +38,7 @@ class Records:
 
 
 def task(**changes) -> InContext:
-    template = Template(question="{text} is", separator="\n", instruction="Say.\n")
+    template = ShotTemplate(question="{text} is", separator="\n", instruction="Say.\n")
     parts = {"name": "words", "source": Records(), "template": template}
     return InContext(**(parts | {"answer": Choose(choices=ANSWERS)} | changes))
 
@@ -139,11 +139,11 @@ def test_written_answers_end_at_a_stop(monkeypatch):
 
 def test_mistakes_in_a_task_are_named():
     with pytest.raises(InputError, match=r"asks for \{title\}, but the record has text, label"):
-        fewshot.prompts(task(template=Template(question="{title}")), 0)
+        fewshot.prompts(task(template=ShotTemplate(question="{title}")), 0)
     with pytest.raises(InputError, match=r"expected \{answer\} in it"):
-        Template(answer="{label}")
+        ShotTemplate(answer="{label}")
     with pytest.raises(InputError, match="a brace itself is written twice"):
-        Template(question="{text")
+        ShotTemplate(question="{text")
     with pytest.raises(InputError, match="10 shots: expected between 0 and the 9"):
         fewshot.prompts(task(), 10)
     with pytest.raises(InputError, match="target_field is 'x', but the record has text, label"):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from t5x_lite.data.sources import JsonlSource
-from t5x_lite.evaluation.fewshot import Choose, InContext, Template
+from t5x_lite.evaluation.fewshot import Choose, InContext, ShotTemplate
 from t5x_lite.evaluation.metrics import exact_match
 from t5x_lite.train import in_context
 from t5x_lite.types import InputError
@@ -26,7 +26,7 @@ def task(tmp_path, monkeypatch):
     monkeypatch.setattr(in_context, "open_model", lambda folder, **options: folder)
     source = JsonlSource({"test": str(tmp_path / "none.jsonl")})
     answer = Choose(choices=("a", "b"))
-    return InContext(name="letters", source=source, template=Template(), answer=answer)
+    return InContext(name="letters", source=source, template=ShotTemplate(), answer=answer)
 
 
 def test_scores_by_shots_stand_beside_the_commonest_answer(task, tmp_path, capsys):
