@@ -6,7 +6,7 @@ export JAX_PLATFORMS ?= cpu
 # Programs of one shape are compiled once and kept: the demo's runs share most of theirs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
-.PHONY: demo test test-slow test-browser lint install install-dev clean-demo
+.PHONY: demo test test-slow test-lm-eval test-browser lint install install-dev clean-demo
 SEED ?= 0
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 TRAIN := $(BIN)/python scripts/train.py --gin.SEED=$(SEED)
@@ -53,6 +53,18 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# In an environment of its own, for lm_eval brings torch.
+LM_EVAL_VENV ?= .venv-lm_eval
+
+test-lm-eval: $(LM_EVAL_VENV)/.installed
+	$(LM_EVAL_VENV)/bin/python -m pytest -m lm_eval
+
+$(LM_EVAL_VENV)/.installed: setup.py
+	$(PYTHON) -m venv $(LM_EVAL_VENV)
+	@echo "Installing into $(LM_EVAL_VENV) (a few minutes: torch) ..."
+	$(LM_EVAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[lm_eval,test]' 'lm_eval[hf]'
+	@touch $@
 
 # Skipped where there is no Chromium with its driver. PICTURES=docs/images makes the pictures.
 test-browser: $(VENV)/.dev
