@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from typing import Any, Final
 
 import jax
 
 from t5x_lite import trees
-from t5x_lite.data.vocabularies import SentencePieceVocabulary, Vocabulary
+from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.interop import hf_words, load_hf, load_peft, load_t5x, save_hf, save_peft
-from t5x_lite.interop.hf_tokenizers import find_vocabulary
+from t5x_lite.interop.hf_tokenizers import find_vocabulary, save_vocabulary
 from t5x_lite.interop.t5x import load_t5x_adafactor
 from t5x_lite.interop.t5x_files import find as find_t5x
 from t5x_lite.models.config import ModelConfig
@@ -188,15 +187,10 @@ def _save_hf(
     kind = format_of(origin)
     if tokenizer is None and kind == "hf":
         tokenizer = origin
-    save_hf(output, network, params, tokenizer=tokenizer)
-    if tokenizer is None and kind == "run" and jax.process_index() == 0:
-        vocabulary = runs.Run.read(origin).vocabulary
-        path = getattr(vocabulary, "path", None)
-        if path is not None:
-            name = "tokenizer.json"
-            if isinstance(vocabulary, SentencePieceVocabulary):  # as T5 and Llama have it
-                name = "tokenizer.model" if network.config.encoder is None else "spiece.model"
-            shutil.copyfile(path, os.path.join(output, name))
+    vocabulary = runs.Run.read(origin).vocabulary if kind == "run" else None
+    save_hf(output, network, params, tokenizer=tokenizer, vocabulary=vocabulary)
+    if tokenizer is None and vocabulary is not None and jax.process_index() == 0:
+        save_vocabulary(output, vocabulary)
 
 
 def _run_to_peft(
