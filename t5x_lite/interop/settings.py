@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from t5x_lite.data.vocabularies import Vocabulary
@@ -51,8 +51,7 @@ def num_labels(settings: Settings, default: int = 2) -> int:
     return len(settings.get("id2label") or ()) or settings.get("num_labels") or default
 
 
-def write_labels(count: int) -> dict[str, Any]:
-    names = [f"LABEL_{index}" for index in range(count)]
+def write_labels(names: Sequence[str]) -> dict[str, Any]:
     return {
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
@@ -96,7 +95,7 @@ def class_of(config: ModelConfig, prefix: str, lm_class: str) -> dict[str, Any]:
         case EmbeddingHead():
             name, labels = "Model", 0
     settings: dict[str, Any] = {"architectures": [prefix + name]}
-    return settings | (write_labels(labels) if labels else {})
+    return settings | (write_labels([f"LABEL_{i}" for i in range(labels)]) if labels else {})
 
 
 def expect(what: str, value: Any, kind: type[T]) -> T:
