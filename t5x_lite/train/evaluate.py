@@ -15,7 +15,8 @@ import numpy as np
 from t5x_lite import types
 from t5x_lite.data.pipeline import EvaluationBatches, iterate
 from t5x_lite.decode import prompts
-from t5x_lite.decode.greedy import greedy
+from t5x_lite.decode.generate import generate
+from t5x_lite.decode.sampling import Greedy, Strategy
 from t5x_lite.train.session import Session
 from t5x_lite.train.step import eval_step
 from t5x_lite.types import InputError, Params
@@ -34,12 +35,13 @@ class TeacherForced:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """The task's metrics on greedily decoded text; predictions are written beside the scores."""
+    """The task's metrics on decoded text; predictions are written beside the scores."""
 
     name: str
     batches: EvaluationBatches
     max_tokens: int = 64  # the most new tokens of a prediction
     period: int = 1
+    strategy: Strategy = Greedy()  # Sampling draws by the run's seed
 
     def __post_init__(self) -> None:
         if not self.batches.task.metrics:
@@ -64,18 +66,25 @@ class Evaluator:
         replicated = session.partitioner.replicated
 
         def decode(
-            params: Params, frozen: Params, batch: types.Batch, max_tokens: int, ids: tuple
+            params: Params,
+            frozen: Params,
+            batch: types.Batch,
+            number: int,
+            how: tuple[Strategy, int],
+            ids: tuple[int, int, int],
         ) -> types.Array:
-            merged, prompt = transform.apply(params, frozen), prompts.of_batch(batch)
+            strategy, max_tokens = how
             eos, pad, start = ids
-            return greedy(
+            return generate(
                 model,
-                merged,
-                prompt,
+                transform.apply(params, frozen),
+                prompts.of_batch(batch),
+                strategy=strategy,
                 max_tokens=max_tokens,
                 eos_id=eos,
                 pad_id=pad,
                 start_id=start,
+                rng=jax.random.fold_in(jax.random.key(session.seed), number),
             )
 
         self._score = jax.jit(
@@ -83,7 +92,7 @@ class Evaluator:
             out_shardings=replicated,
         )
         # Replicated, so that every process can read every row.
-        self._decode = jax.jit(decode, static_argnums=(3, 4), out_shardings=replicated)
+        self._decode = jax.jit(decode, static_argnums=(4, 5), out_shardings=replicated)
 
     def run(
         self,
@@ -136,9 +145,10 @@ class Evaluator:
         vocabulary = task.vocabulary
         decoded: list[jax.Array] = []
         with self.session.partitioner.activate():
-            for batch in self._batches(evaluation.batches):
+            how = evaluation.strategy, evaluation.max_tokens
+            for number, batch in enumerate(self._batches(evaluation.batches)):
                 ids = (vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id)
-                decoded.append(self._decode(params, frozen, batch, evaluation.max_tokens, ids))
+                decoded.append(self._decode(params, frozen, batch, number, how, ids))
         records: list[dict[str, Any]] = []
         for step, tokens in enumerate(jax.device_get(decoded)):
             real = evaluation.batches.records(step)
