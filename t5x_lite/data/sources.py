@@ -353,10 +353,12 @@ class _Tfds:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Record:
-        return {key: _plain(value) for key, value in self.records[int(index)].items()}
+        return _plain(self.records[int(index)])
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, np.ndarray) and value.dtype == object:
