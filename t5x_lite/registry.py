@@ -21,6 +21,7 @@ from t5x_lite.data import (
 )
 from t5x_lite.data.builders import catalog
 from t5x_lite.evaluation import label_metrics, metrics, text_labels, text_metrics
+from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
 from t5x_lite.sharding import Partitioner
@@ -153,6 +154,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     convert.convert,
     convert.run_model,
     convert.run_vocabulary,
+    packages.fetch_model,
     vocabulary_training.train_vocabulary,
     catalog.prepare,
     demo.report,

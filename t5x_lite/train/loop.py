@@ -24,7 +24,7 @@ from t5x_lite.train import checks, writers
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
 from t5x_lite.train.checkpoint import Checkpointer, CheckpointPolicy, versions
-from t5x_lite.train.evaluate import PREDICTIONS, Evaluation, Evaluator, Generate
+from t5x_lite.train.evaluate import PREDICTIONS, Evaluation, Evaluator, TeacherForced
 from t5x_lite.train.losses import MEANS
 from t5x_lite.train.optim import Optimizer
 from t5x_lite.train.schedules import learning_rate_at
@@ -166,8 +166,9 @@ def train(
         def evaluate(step: int, state: steps.TrainState) -> dict[str, float]:
             count = 0 if eval_period is None else step // eval_period
             due = [e for e in evaluations if step in (0, total_steps) or count % e.period == 0]
-            # An untrained model rarely ends its output: generating from it takes longest.
-            which = [e for e in due if step > 0 or not isinstance(e, Generate)]
+            # An untrained model rarely ends its output: generating from it takes longest. What a
+            # fresh head answers says nothing.
+            which = [e for e in due if step > 0 or isinstance(e, TeacherForced)]
             path = os.path.join(model_dir, PREDICTIONS, f"{{name}}-{step}.jsonl")
             found = evaluator.run(state.params, frozen, which=which, predictions=path)
             if found:
