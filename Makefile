@@ -13,6 +13,7 @@ TRAIN := $(BIN)/python scripts/train.py --gin.SEED=$(SEED)
 
 ifdef FAMILY
 # One family alone: bert, gpt, t5 or bart, pretrained by its own objective and asked what it is for.
+# `STEPS=200 FALL=1` is a short one, of which less is expected.
 ASK_bert := And the LORD said <mask> Moses,
 ASK_gpt := And it came to pass, when
 ASK_t5 := And the LORD said <mask> Moses,
@@ -23,12 +24,13 @@ FALL_bert := 4.0
 FALL_gpt := 4.5
 FALL_t5 := 4.0
 FALL_bart := 5.0
+FALL ?= $(FALL_$(FAMILY))
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/prepare_data.py --dataset=bible_text --data_dir=data
 	$(BIN)/python scripts/train_vocab.py --gin_file=runs/demo_$(FAMILY).gin
-	$(TRAIN) --gin_file=runs/demo_$(FAMILY).gin --model_dir=runs/demo_$(FAMILY)
-	$(BIN)/python scripts/demo_report.py --folder=runs/demo_$(FAMILY) --fall=$(FALL_$(FAMILY))
+	$(TRAIN) --gin_file=runs/demo_$(FAMILY).gin --model_dir=runs/demo_$(FAMILY) $(addprefix --gin.STEPS=,$(STEPS))
+	$(BIN)/python scripts/demo_report.py --folder=runs/demo_$(FAMILY) --fall=$(FALL)
 	echo "$(ASK_$(FAMILY))" | $(BIN)/python scripts/infer.py --model_dir=runs/demo_$(FAMILY) --max_input_tokens=64 --max_tokens=32 $(addprefix --mode=,$(MODE_$(FAMILY)))
 else
 demo: $(VENV)/.demo

@@ -38,8 +38,9 @@ def make_targets() -> list[str]:
 
 @pytest.mark.parametrize("command", make_targets())
 def test_ci_runs_the_make_targets(command):
+    """As they stand, or a family's demo with fewer steps."""
     lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
-    assert command in lines
+    assert command in [line.removesuffix(" STEPS=200 FALL=1") for line in lines]
 
 
 @pytest.mark.slow

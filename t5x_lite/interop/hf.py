@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from t5x_lite import trees
+from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.interop import choice, sentence_vectors
 from t5x_lite.interop import safetensors_files as files
 from t5x_lite.interop.binding import Binding
@@ -33,7 +34,7 @@ from t5x_lite.interop.hf_gpt2 import GPT2
 from t5x_lite.interop.hf_llama import LLAMA
 from t5x_lite.interop.hf_t5 import T5
 from t5x_lite.interop.name_maps import Architecture, Settings, Tensors
-from t5x_lite.interop.settings import refuse, write_labels
+from t5x_lite.interop.settings import refuse, special_tokens, write_labels
 from t5x_lite.models import transformer
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import EmbeddingHead
@@ -120,6 +121,7 @@ def save_hf(
     params: Params,
     *,
     tokenizer: str | None = None,
+    vocabulary: Vocabulary | None = None,
     labels: Sequence[str] = (),
     architectures: Sequence[Architecture] = ARCHITECTURES,
     file_bytes: int = 5_000_000_000,
@@ -132,6 +134,8 @@ def save_hf(
       params: its parameters, as plain arrays: merge adapters first. Their dtype is the file's.
       tokenizer: a directory whose tokenizer files are copied; the special tokens and the labels'
         names in its config.json come with them.
+      vocabulary: whose ids of special tokens are written where no tokenizer's config.json says
+        them; None: those that the architecture was published with.
       labels: names of the head's labels, in order; () leaves those of the tokenizer's config.json,
         or else LABEL_0, LABEL_1, ...
       architectures: as for `load_hf`; the first that can express the config is taken.
@@ -140,7 +144,7 @@ def save_hf(
 
     Raises:
       InputError: for a config that no architecture expresses (with each one's reason), params that
-        are not the model's, and a directory that is in use.
+        are not the model's, a vocabulary that is not, and a directory that is in use.
     """
     held = [name for name in files.listed(directory) if name.endswith(".safetensors")]
     if held:
@@ -158,7 +162,15 @@ def save_hf(
     binding = Binding.of(architecture, model.config, base, shapes)
     dtype = np.dtype(next(iter(given.values())).dtype)
     settings |= {"model_type": architecture.model_type, "torch_dtype": dtype.name}
-    settings |= {} if tokenizer is None else _carried(tokenizer, architecture, settings)
+    carried = {} if tokenizer is None else _carried(tokenizer, architecture, settings)
+    if not carried and vocabulary is not None:
+        settings = special_tokens(settings, vocabulary, model.config)
+    settings |= carried
+    if different := choice.misread(model.config, architecture, settings):
+        raise InputError(
+            f"with this vocabulary's special tokens, {architecture.model_type} would be another "
+            f"model: {', '.join(different)}"
+        )
     if labels:
         if len(labels) != len(settings.get("id2label") or ()):
             raise InputError(
@@ -205,8 +217,14 @@ def _open(
 def _read_config(architecture: Architecture, settings: Settings, tensors: Tensors) -> ModelConfig:
     try:
         return architecture.read(settings, tensors)
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"config.json lacks the setting {error}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"config.json has a setting that makes no {architecture.model_type}: {error}"
+        ) from error
 
 
 def _structs(model: transformer.Transformer) -> Params:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from typing import Any, Final
 
 import jax
 
 from t5x_lite import trees
-from t5x_lite.data.vocabularies import SentencePieceVocabulary, Vocabulary
+from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.interop import (
     hf_words,
     load_hf,
@@ -20,7 +19,7 @@ from t5x_lite.interop import (
     save_hf,
     save_peft,
 )
-from t5x_lite.interop.hf_tokenizers import find_vocabulary
+from t5x_lite.interop.hf_tokenizers import find_vocabulary, save_vocabulary
 from t5x_lite.interop.t5x import load_t5x_adafactor
 from t5x_lite.interop.t5x_files import find as find_t5x
 from t5x_lite.models.config import ModelConfig
@@ -206,16 +205,18 @@ def _save_hf(
     kind = format_of(origin)
     if tokenizer is None and kind == "hf":
         tokenizer = origin
-    labels = runs.Run.read(origin).labels if kind == "run" else ()
-    save_hf(output, network, params, tokenizer=tokenizer, labels=labels)
-    if tokenizer is None and kind == "run" and jax.process_index() == 0:
-        vocabulary = runs.Run.read(origin).vocabulary
-        path = getattr(vocabulary, "path", None)
-        if path is not None:
-            name = "tokenizer.json"
-            if isinstance(vocabulary, SentencePieceVocabulary):  # as T5 and Llama have it
-                name = "tokenizer.model" if network.config.encoder is None else "spiece.model"
-            shutil.copyfile(path, os.path.join(output, name))
+    run = runs.Run.read(origin) if kind == "run" else None
+    vocabulary = None if run is None else run.vocabulary
+    save_hf(
+        output,
+        network,
+        params,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        labels=() if run is None else run.labels,
+    )
+    if tokenizer is None and vocabulary is not None and jax.process_index() == 0:
+        save_vocabulary(output, vocabulary)
 
 
 def _run_to_peft(
