@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from t5x_lite.data import (
     layouts,
+    mappings,
     objectives,
     packing,
     pipeline,
@@ -20,16 +21,21 @@ from t5x_lite.data import (
     vocabulary_training,
 )
 from t5x_lite.data.builders import catalog
-from t5x_lite.evaluation import label_metrics, metrics, text_labels, text_metrics
+from t5x_lite.decode import sampling
+from t5x_lite.evaluation import fewshot, label_metrics, metrics, text_labels, text_metrics
 from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
+from t5x_lite.serving import serve
 from t5x_lite.sharding import Partitioner
-from t5x_lite.studies import demo
+from t5x_lite.studies import demo, skipgram, word2vec, words
+from t5x_lite.studies.in_context import study_in_context
 from t5x_lite.train import (
     checkpoint,
     convert,
+    embed,
     evaluate,
+    in_context,
     infer,
     inspect,
     loop,
@@ -55,6 +61,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     sources.TfdsSource,
     sources.PairedSource,
     selection.Where,
+    mappings.Mappings,
     textfiles.Lines,
     textfiles.Paragraphs,
     # tasks
@@ -115,6 +122,10 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     transform.Full,
     transform.Freeze,
     lora.LoRA,
+    # decoding
+    sampling.Greedy,
+    sampling.Sampling,
+    sampling.BeamSearch,
     # training
     step.Loss,
     losses.by_real_tokens,
@@ -145,10 +156,19 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     label_metrics.pearson,
     label_metrics.spearman,
     label_metrics.entities,
+    # learning in context
+    fewshot.InContext,
+    fewshot.ShotTemplate,
+    fewshot.Choose,
+    fewshot.Write,
+    fewshot.Calibration,
     # programs
     loop.train,
     offline.evaluate_run,
     infer.infer,
+    in_context.evaluate_in_context,
+    embed.embed,
+    serve.serve,
     inspect.inspect_data,
     inspect.inspect_params,
     convert.convert,
@@ -158,4 +178,8 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     vocabulary_training.train_vocabulary,
     catalog.prepare,
     demo.report,
+    study_in_context,
+    skipgram.SkipGram,
+    word2vec.train_word2vec,
+    words.study_words,
 )

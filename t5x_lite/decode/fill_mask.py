@@ -16,7 +16,12 @@ from t5x_lite.types import Array, Batch, Params
 
 
 def fill_mask(
-    model: Transformer, params: Params, batch: Batch, *, candidates: int
+    model: Transformer,
+    params: Params,
+    batch: Batch,
+    *,
+    candidates: int,
+    vocab_size: int | None = None,
 ) -> tuple[Array, Array]:
     """The most probable tokens at each masked slot, every mask taken by itself.
 
@@ -26,6 +31,8 @@ def fill_mask(
       params: its parameters, PEFT leaves included.
       batch: `encoder_input_tokens [b, l]` and `masked_positions [b, s]`.
       candidates: k.
+      vocab_size: of the vocabulary: the model's table may have more rows, which are no tokens.
+        None: all are.
 
     Returns:
       Tokens int32 and their probabilities float32, `[b, s, k]`, the most probable first.
@@ -33,6 +40,6 @@ def fill_mask(
     assert types.MASKED_POSITIONS in batch
     # With a pair head, the first slot would be the pair's.
     model = Transformer(dataclasses.replace(model.config, pair_head=None))
-    logits = model.apply({"params": params}, batch).astype(jnp.float32)
+    logits = model.apply({"params": params}, batch).astype(jnp.float32)[..., :vocab_size]
     probabilities, tokens = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), candidates)
     return tokens.astype(jnp.int32), probabilities

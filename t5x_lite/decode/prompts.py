@@ -5,6 +5,8 @@ Shapes: b batch, l length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,7 +42,7 @@ def of_batch(batch: Batch) -> dict[str, Array]:
     return moved
 
 
-def pad_left(prompts: list[np.ndarray], length: int) -> dict[str, np.ndarray]:
+def pad_left(prompts: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
     """Prompts as one batch of `decoder_input_tokens` and `decoder_segment_ids` `[b, length]`.
 
     [5 6] [7], length 3:    tokens  0 5 6    segments  0 1 1
@@ -52,3 +54,16 @@ def pad_left(prompts: list[np.ndarray], length: int) -> dict[str, np.ndarray]:
         tokens[row, length - len(prompt) :] = prompt
         segments[row, length - len(prompt) :] = 1
     return {types.DECODER_INPUT_TOKENS: tokens, types.DECODER_SEGMENT_IDS: segments}
+
+
+def pad_right(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows padded behind, and which places are theirs: two int32 `[b, length]`.
+
+    [5 6] [7], length 3:    tokens  5 6 0    segments  1 1 0
+                                    7 0 0              1 0 0
+    """
+    tokens: np.ndarray = np.zeros((len(rows), length), np.int32)
+    segments = np.zeros_like(tokens)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+    return tokens, segments

@@ -66,20 +66,26 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, query_places: Array, key_places: Array, dtype: Any) -> Array:
-        """Args: `query_places [q]` and `key_places [k]`, int32 places in the row."""
+        """The bias `[1, h, q, k]`.
+
+        Args: `query_places [q]` and `key_places [k]`, int32 places in the row. Where rows differ,
+        `[b, q]` and `[b, k]`: the bias is `[b, h, q, k]` then.
+        """
         init = nn.with_logical_partitioning(
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"), ("buckets", "heads")
         )
         shape = (self.config.num_buckets, self.num_heads)
         embedding = self.param("embedding", init, shape, self.param_dtype)
         bucket = relative_bucket(
-            key_places[None, :] - query_places[:, None],
+            key_places[..., None, :] - query_places[..., :, None],
             bidirectional=self.bidirectional,
             num_buckets=self.config.num_buckets,
             max_distance=self.config.max_distance,
         )
-        bias = weights.lookup(bucket, embedding, dtype)  # [q, k, h]
-        return jnp.moveaxis(bias, -1, 0)[None]
+        if bucket.ndim == 2:
+            bucket = bucket[None]
+        bias = weights.lookup(bucket, embedding, dtype)  # [1 or b, q, k, h]
+        return jnp.moveaxis(bias, -1, 1)
 
 
 def sinusoids(positions: Array, embed_dim: int, max_period: float) -> Array:

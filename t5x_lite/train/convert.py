@@ -206,15 +206,8 @@ def _save_hf(
     if tokenizer is None and kind == "hf":
         tokenizer = origin
     run = runs.Run.read(origin) if kind == "run" else None
-    vocabulary = None if run is None else run.vocabulary
-    save_hf(
-        output,
-        network,
-        params,
-        tokenizer=tokenizer,
-        vocabulary=vocabulary,
-        labels=() if run is None else run.labels,
-    )
+    vocabulary, labels = (None, ()) if run is None else (run.vocabulary, run.labels)
+    save_hf(output, network, params, tokenizer=tokenizer, vocabulary=vocabulary, labels=labels)
     if tokenizer is None and vocabulary is not None and jax.process_index() == 0:
         save_vocabulary(output, vocabulary)
 

@@ -114,7 +114,7 @@ def train(
             params, opt_state = checkpointer.restore(
                 start, state_shapes.params, state_shapes.opt_state
             )
-            run = dataclasses.replace(resumed, model=model)
+            run = dataclasses.replace(resumed, model=model, asking=run.asking)
             say(f"Resuming {model_dir} from its own checkpoint of step {start}")
             if initial is not None:
                 say(f"  (train.initial, {initial.model_dir}, was read when the run began)")

@@ -168,6 +168,8 @@ def _open_tuned(
 
 
 def _check_shapes(adapter: str, wanted: ModelConfig, path: str, found: ModelConfig) -> None:
+    if wanted.canonical() == found.canonical():
+        return
     ours, theirs = (
         {name: leaf.shape for name, leaf in trees.flatten(_structs(config)).items()}
         for config in (wanted, found)

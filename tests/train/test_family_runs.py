@@ -24,7 +24,7 @@ from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import demo
-from t5x_lite.train import checks, infer, loop
+from t5x_lite.train import asked, checks, infer, loop
 from t5x_lite.train.checkpoint import CheckpointPolicy
 from t5x_lite.train.evaluate import Evaluator, Generate, TeacherForced
 from t5x_lite.train.losses import by_sequence
@@ -361,7 +361,7 @@ def test_a_line_ends_with_a_line_feed_alone(tmp_path):
     path = tmp_path / "in.jsonl"
     text = "one\u2028line"
     path.write_text(json.dumps({"inputs": text}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert list(infer._read(str(path))) == [text]
+    assert list(asked.read_items(str(path))) == [{"inputs": text}]
 
 
 def lm_batch(config, rows=8):

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging
 
-from t5x_lite.data.builders import bible, labelled, python_functions, seq2seq
+from t5x_lite.data.builders import bible, labelled, python_functions, seq2seq, word_pairs
 from t5x_lite.data.sources import TfdsSource
 from t5x_lite.types import InputError
 
@@ -20,6 +20,7 @@ DATASETS: dict[str, Any] = {
     "indico_po": seq2seq.IndicoPo,
     "chatterbot": seq2seq.Chatterbot,
     "docstrings": python_functions.Docstrings,
+    **word_pairs.DATASETS,
 }
 
 
