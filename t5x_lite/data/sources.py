@@ -363,6 +363,8 @@ def _plain(value: Any) -> Any:
         return value.decode("utf-8")
     if isinstance(value, np.ndarray) and value.dtype == object:
         return [_plain(item) for item in value.tolist()]
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value.item() if isinstance(value, np.generic) else value

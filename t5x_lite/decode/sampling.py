@@ -81,6 +81,13 @@ class BeamSearch:
         _check(self, "early_stopping", self.early_stopping in stops, f"one of {stops}")
         _check(self, "repetition_penalty", self.repetition_penalty > 0, "more than 0")
 
+    @property
+    def penalty(self) -> float:
+        """The length penalty."""
+        if self.length_penalty is not None:
+            return self.length_penalty
+        return 1.0 if self.convention == "hf" else 0.6
+
 
 Strategy: TypeAlias = Greedy | Sampling | BeamSearch
 

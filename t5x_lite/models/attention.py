@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from t5x_lite.models import cache as kv_cache
 from t5x_lite.models.cache import KeyValue
 from t5x_lite.models.config import StackConfig
 from t5x_lite.models.layers import Dense, Dropout
@@ -36,17 +37,24 @@ class Visibility:
 
     query_segments: Array | None = None  # [b, q] int32; a query sees keys of its own segment only
     key_segments: Array | None = None  # [b, k]
-    query_places: Array | None = None  # [q] int32; with key_places: only keys not after the query
-    key_places: Array | None = None  # [k]
+    # int32 [q] and [k], or [b, q] and [b, k]: only keys not after the query.
+    query_places: Array | None = None
+    key_places: Array | None = None
     key_prefix: Array | None = None  # [b, k]: nonzero keys are seen ahead of causality (prefix LM)
+    window: int | None = flax.struct.field(pytree_node=False, default=None)  # places seen, own too
 
     def mask(self) -> Array | None:
         """True where visible: bool `[b or 1, 1, q, k]`, or None if all is visible to all."""
         visible = None
         if self.query_places is not None and self.key_places is not None:
-            visible = (self.key_places[None, :] <= self.query_places[:, None])[None, None]
+            query, key = self.query_places[..., :, None], self.key_places[..., None, :]
+            if key.ndim == 2:
+                query, key = query[None], key[None]
+            visible = (key <= query)[:, None]
             if self.key_prefix is not None:
                 visible = visible | (self.key_prefix != 0)[:, None, None, :]
+            if self.window is not None:
+                visible = visible & (key > query - self.window)[:, None]
         if self.query_segments is not None and self.key_segments is not None:
             same = self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :]
             visible = same if visible is None else visible & same
@@ -75,6 +83,47 @@ def dot_product_attention(
       `[b, q, h, d]` in `query`'s dtype.
     """
     return _attend(query, key, value, bias, visibility)
+
+
+def cached_attention(
+    query: Array, key: Array, value: Array, visibility: Visibility, bias: Array | None = None
+) -> Array:
+    """`dot_product_attention` of a few tokens over a cache, whose heads stand before its places.
+
+    Queries that read the same keys are rows of one product: the g heads that share a head of keys,
+    and the m rows of queries that share a row of the cache (beams over one encoder's output).
+
+    Args:
+      query: `[b * m, q, h * g, d]`.
+      key, value: `[b, h, k, d]`.
+      visibility: of `b` or of `b * m` rows.
+      bias: `[1 or b * m, h * g, q, k]`.
+
+    Returns:
+      `[b * m, q, h * g, d]` in `query`'s dtype.
+    """
+    rows, length, _, dim = query.shape
+    batch, heads, places, _ = key.shape
+    shape = batch, rows // batch, length, heads, -1, dim
+    grouped = jnp.transpose(query.reshape(shape), (0, 3, 1, 4, 2, 5))  # [b, h, m, g, q, d]
+    dimensions = (((3,), (3,)), ((0, 1), (0, 1)))
+    logits = jax.lax.dot_general(
+        grouped.reshape(batch, heads, -1, dim), key, dimensions, preferred_element_type=jnp.float32
+    ).reshape(*grouped.shape[:-1], places)
+    if bias is not None:
+        split = bias.astype(jnp.float32).reshape(-1, 1, heads, logits.shape[3], length, places)
+        split = split.reshape(-1, logits.shape[2] if len(bias) > 1 else 1, *split.shape[2:])
+        logits = logits + jnp.swapaxes(split, 1, 2)
+    mask = visibility.mask()
+    if mask is not None:
+        shared = len(mask) in (1, batch)  # by the rows of queries that share a row of the cache
+        mask = mask.reshape(-1, 1 if shared else logits.shape[2], 1, 1, *mask.shape[2:])
+        logits = jnp.where(jnp.swapaxes(mask, 1, 2), logits, _HIDDEN)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    flat = weights.astype(value.dtype).reshape(batch, heads, -1, places)
+    attended = _product(flat, value).reshape(grouped.shape) / total
+    return jnp.transpose(attended, (0, 2, 4, 1, 3, 5)).reshape(query.shape).astype(query.dtype)
 
 
 @jax.custom_vjp
@@ -196,7 +245,7 @@ class MultiHeadAttention(nn.Module):
         # values: a key that is lost is lost to every query.
         self.drop = Dropout(config.dropout, (-1,))
 
-    def key_value(self, memory: Array, angles: Angles | None = None) -> KeyValue:
+    def key_value(self, memory: Array, angles: Angles | None = None) -> tuple[Array, Array]:
         """Keys and values `[b, k, kv heads, d]` of `memory [b, k, e]`, keys turned by `angles`."""
         names = ("batch", "length", "heads", "kv")
         key, value = self.key(memory), self.value(memory)
@@ -207,7 +256,7 @@ class MultiHeadAttention(nn.Module):
     def __call__(
         self,
         x: Array,
-        key_value: KeyValue,
+        key_value: tuple[Array, Array],
         visibility: Visibility,
         bias: Array | None,
         angles: Angles | None,
@@ -215,13 +264,7 @@ class MultiHeadAttention(nn.Module):
     ) -> Array:
         """`[b, q, e]` from `x [b, q, e]`; `angles` turn the queries."""
         config = self.config
-        query = self.query(x)
-        if angles is not None:
-            query = rotate(query, angles)
-        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-        if scale != 1.0:
-            query = query * jnp.asarray(scale, query.dtype)
-        query = constrain(query, "batch", "length", "heads", "kv")
+        query = self._queries(x, angles)
         key, value = (
             jnp.repeat(part, config.num_heads // config.kv_heads, axis=2)
             if config.kv_heads != config.num_heads
@@ -231,3 +274,29 @@ class MultiHeadAttention(nn.Module):
         value = self.drop(value, deterministic)
         attended = dot_product_attention(query, key, value, visibility, bias)
         return self.out(constrain(attended, "batch", "length", "heads", "kv"))
+
+    def cached(
+        self,
+        x: Array,
+        cache: KeyValue,
+        visibility: Visibility,
+        bias: Array | None,
+        angles: Angles | None,
+    ) -> Array:
+        """The same over a cache `[b, heads, k, d]`, without dropout."""
+        query = self._queries(x, angles)
+        names = ("batch", "heads", "length", "kv")
+        key, value = (constrain(kv_cache.read(part, query.dtype), *names) for part in cache)
+        attended = cached_attention(query, key, value, visibility, bias)
+        return self.out(constrain(attended, "batch", "length", "heads", "kv"))
+
+    def _queries(self, x: Array, angles: Angles | None) -> Array:
+        """Queries `[b, q, heads, d]`, turned and scaled."""
+        config = self.config
+        query = self.query(x)
+        if angles is not None:
+            query = rotate(query, angles)
+        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        if scale != 1.0:
+            query = query * jnp.asarray(scale, query.dtype)
+        return constrain(query, "batch", "length", "heads", "kv")

@@ -6,6 +6,7 @@ Shapes: b batch, l length, e embed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +19,11 @@ from t5x_lite.models import cache as kv_cache
 from t5x_lite.models import layers
 from t5x_lite.models import positions as places
 from t5x_lite.models.attention import ATTENDED, MultiHeadAttention, Visibility
-from t5x_lite.models.cache import LayerCache
+from t5x_lite.models.cache import Cache, LayerCache
 from t5x_lite.models.config import StackConfig
 from t5x_lite.models.config_positions import Learned, RelativeBias, Rotary, Sinusoidal
 from t5x_lite.sharding import constrain
-from t5x_lite.types import Array, InputError
+from t5x_lite.types import Array, InputError, Params
 
 _REMAT_POLICY = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -31,6 +32,22 @@ _REMAT_POLICY = {
         jax.checkpoint_policies.save_only_these_names(ATTENDED),
     ),
 }
+
+
+_FIRST = "0"  # the first layer's name where layers are apart
+
+
+def apart(params: Params) -> Params:
+    """A stack's parameters with `layers/0/...`, `layers/1/...` in place of stacked `layers/...`.
+
+    What a loop over tokens reads fastest: one over stacked weights would copy each layer's out of
+    the stack for every token.
+    """
+    if _FIRST in params["layers"]:
+        return params
+    count = len(jax.tree.leaves(params["layers"])[0])
+    own = {str(i): jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(count)}
+    return {**params, "layers": own}
 
 
 def make_norm(config: StackConfig, param_dtype: Any) -> Callable[[str], nn.Module]:
@@ -45,6 +62,7 @@ class Layer(nn.Module):
     has_memory: bool
     param_dtype: Any
     stddev: float | None
+    keeps: bool = False  # return keys and values, to start a cache with
 
     @nn.compact
     def __call__(
@@ -59,10 +77,11 @@ class Layer(nn.Module):
         index: Array | None,
         deterministic: bool,
     ) -> tuple[Array, LayerCache | None]:
-        """`x [b, l, e] -> (x, what this call wrote to the cache)`.
+        """`x [b, l, e] -> (x, keys and values)`.
 
-        With a `cache`, keys and values of `x` are written from place `index` on; those of `memory`
-        are written if a `memory` is given, and read from the cache otherwise.
+        With a `cache`, those of `x` are written from place `index` on, those of the memory are read
+        from it, and the updated cache is returned. Without, they come from `x` and `memory`, and
+        are returned as projected if the layer `keeps` them.
         """
         config = self.config
         norm = make_norm(config, self.param_dtype)
@@ -70,7 +89,7 @@ class Layer(nn.Module):
         if out_stddev is not None and config.residual != "post":
             # GPT-2's: the sum over all layers keeps its variance.
             out_stddev /= math.sqrt(2 * config.num_layers)
-        written = {}
+        written: dict[str, Any] = {}
 
         def attention(name: str) -> MultiHeadAttention:
             return MultiHeadAttention(
@@ -79,20 +98,23 @@ class Layer(nn.Module):
 
         def attend_self(y: Array) -> Array:
             attend = attention("self_attention")
-            written["self"] = key_value = attend.key_value(y, angles)
-            if cache is not None:
-                written["self"] = key_value = kv_cache.write(cache.self_attention, key_value, index)
-            return attend(y, key_value, self_visibility, bias, angles, deterministic)
+            key_value = attend.key_value(y, angles)
+            if cache is None:
+                written["self"] = key_value
+                return attend(y, key_value, self_visibility, bias, angles, deterministic)
+            assert index is not None
+            written["self"] = own = kv_cache.write(cache.self_attention, key_value, index)
+            return attend.cached(y, own, self_visibility, bias, angles)
 
         def attend_memory(y: Array) -> Array:
             attend = attention("cross_attention")
-            if memory is not None:
+            if cache is None:
+                assert memory is not None
                 written["memory"] = key_value = attend.key_value(memory)
-            else:
-                assert cache is not None
-                assert cache.cross_attention is not None
-                key_value = cache.cross_attention
-            return attend(y, key_value, memory_visibility, None, None, deterministic)
+                return attend(y, key_value, memory_visibility, None, None, deterministic)
+            assert cache.cross_attention is not None
+            written["memory"] = cache.cross_attention
+            return attend.cached(y, cache.cross_attention, memory_visibility, None, None)
 
         def feed_forward(y: Array) -> Array:
             return layers.MLP(
@@ -117,7 +139,7 @@ class Layer(nn.Module):
             if config.residual == "post":
                 x = norm(f"{name}_norm")(x)
             x = constrain(x, "batch", "length", "activation_embed")
-        if cache is None:
+        if cache is None and not self.keeps:
             return x, None
         return x, LayerCache(written["self"], written.get("memory"))
 
@@ -138,27 +160,33 @@ class Stack(nn.Module):
         visibility: Visibility,
         positions: Array | None = None,
         token_types: Array | None = None,
-        cache: LayerCache | None = None,
+        cache: Cache | None = None,
         memory: Array | None = None,
         memory_visibility: Visibility = Visibility(),
-        index: Array | None = None,
+        keeps: bool = False,
         deterministic: bool = True,
-    ) -> tuple[Array, LayerCache | None]:
-        """`x [b, l, e] -> ([b, l, e], updated stacked cache)`.
+    ) -> tuple[Array, tuple[LayerCache, ...] | None]:
+        """`x [b, l, e] -> ([b, l, e], each layer's keys and values)`; see `Layer` for those.
 
         `positions` and `token_types` are int32 `[b, l]`; None: 0, 1, 2, ..., and all of type 0.
         """
         config = self.config
         # Places of queries and keys in the row; under a cache the keys are all its places.
-        query_places = jnp.arange(x.shape[1], dtype=jnp.int32) + (0 if index is None else index)
-        length = x.shape[1] if cache is None else cache.self_attention[0].shape[2]
-        key_places = jnp.arange(length, dtype=jnp.int32)
+        query_places = key_places = jnp.arange(x.shape[1], dtype=jnp.int32)
+        length = x.shape[1]
+        if positions is None:
+            positions = jnp.broadcast_to(query_places[None], x.shape[:2])
+        if cache is not None:
+            key_places = cache.key_places(x.shape[1])
+            if cache.index.ndim:
+                query_places = query_places[None] + cache.index[:, None]
+            else:
+                query_places = query_places + cache.index
+            length = cache.capacity if cache.window is None else length
         if self.causal:
             visibility = dataclasses.replace(
                 visibility, query_places=query_places, key_places=key_places
             )
-        if positions is None:
-            positions = jnp.broadcast_to(query_places[None], x.shape[:2])
         x = self._embed(x, positions, token_types, length)
         bias = angles = None
         if isinstance(config.positions, RelativeBias):
@@ -169,11 +197,45 @@ class Stack(nn.Module):
                 self.param_dtype,
                 name="relative_bias",
             )(query_places, key_places, x.dtype)
-            bias = constrain(bias, None, "heads", None, None)
+            bias = constrain(bias, "batch" if len(bias) > 1 else None, "heads", None, None)
         if isinstance(config.positions, Rotary):
             angles = places.rotary_angles(config.positions, config.rotary_dim, positions)
 
         x = layers.Dropout(config.dropout, (-2,), name="drop_in")(x, deterministic)
+        shared = visibility, memory_visibility, bias, angles
+        x, written = self._run(x, cache, memory, *shared, keeps, deterministic)
+        if config.residual != "post":
+            x = make_norm(config, self.param_dtype)("final_norm")(x)
+        return layers.Dropout(config.dropout, (-2,), name="drop_out")(x, deterministic), written
+
+    def _run(
+        self,
+        x: Array,
+        cache: Cache | None,
+        memory: Array | None,
+        visibility: Visibility,
+        memory_visibility: Visibility,
+        bias: Array | None,
+        angles: places.Angles | None,
+        keeps: bool,
+        deterministic: bool,
+    ) -> tuple[Array, tuple[LayerCache, ...] | None]:
+        """`x` through the layers, in one loop, or one after the other if they are cached."""
+        config = self.config
+        make = functools.partial(Layer, config, self.has_memory, self.param_dtype, self.stddev)
+        shared = visibility, memory_visibility, bias, angles
+        own = self.variables.get("params", {}).get("layers", {})
+        if cache is not None or _FIRST in own:
+            written = []
+            for i in range(config.num_layers):
+                params = own[str(i)] if _FIRST in own else jax.tree.map(lambda p, i=i: p[i], own)
+                before = None if cache is None else cache.layers[i]
+                index = None if cache is None else cache.index
+                x, after = make(keeps, parent=None).apply(
+                    {"params": params}, x, before, memory, *shared, index, deterministic
+                )
+                written.append(after)
+            return x, tuple(written)
         layer: Any = Layer
         if config.remat != "none":
             layer = nn.remat(
@@ -191,14 +253,14 @@ class Stack(nn.Module):
             unroll=min(config.unroll, config.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, written = scanned(config, self.has_memory, self.param_dtype, self.stddev, name="layers")(
-            x, cache, memory, visibility, memory_visibility, bias, angles, index, deterministic
+        x, stacked = scanned(
+            config, self.has_memory, self.param_dtype, self.stddev, keeps, name="layers"
+        )(x, None, memory, *shared, None, deterministic)
+        if stacked is None:
+            return x, None
+        return x, tuple(
+            jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(config.num_layers)
         )
-        if cache is not None and written.cross_attention is None:
-            written = dataclasses.replace(written, cross_attention=cache.cross_attention)
-        if config.residual != "post":
-            x = make_norm(config, self.param_dtype)("final_norm")(x)
-        return layers.Dropout(config.dropout, (-2,), name="drop_out")(x, deterministic), written
 
     def _embed(self, x: Array, positions: Array, token_types: Array | None, length: int) -> Array:
         """What the stack adds to its tokens' embeddings before the first layer."""

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import types
+from t5x_lite.models import cache as kv_cache
 from t5x_lite.models import config_heads, heads, layers
 from t5x_lite.models.attention import Visibility
-from t5x_lite.models.cache import Cache, LayerCache
+from t5x_lite.models.cache import Cache
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_positions import Learned
-from t5x_lite.models.stack import Stack, make_norm
+from t5x_lite.models.stack import Stack, apart, make_norm
 from t5x_lite.sharding import constrain
 from t5x_lite.types import Array, Batch, Params
 
@@ -103,7 +104,14 @@ class Transformer(nn.Module):
         )
         return x
 
-    def prefill(self, batch: Batch, capacity: int) -> tuple[Array, Cache]:
+    def prefill(
+        self,
+        batch: Batch,
+        capacity: int,
+        *,
+        cache_dtype: kv_cache.CacheDtype | None = None,
+        window: int | None = None,
+    ) -> tuple[Array, Cache]:
         """Runs the encoder and the decoder's first tokens, and starts a cache.
 
         Args:
@@ -111,15 +119,22 @@ class Transformer(nn.Module):
             Shorter prompts have padding on the left, with `decoder_segment_ids` 0. Places with
             `decoder_prefix` are seen from everywhere in the prompt.
           capacity: how many decoder tokens the cache holds, n included.
+          cache_dtype: what the cache keeps; None: the compute dtype. int8 keeps a scale for each
+            token and head.
+          window: how many tokens back each one sees, itself included; None: all. The cache needs no
+            more places than that: it rolls over.
 
         Returns:
           Logits `[b, n, v]` (`[b, s, v]` with `masked_positions`) and the cache.
         """
-        config = self.config.decoder
-        assert config is not None
         tokens = _require(batch, types.DECODER_INPUT_TOKENS)
-        shape = (config.num_layers, tokens.shape[0], capacity, config.kv_heads, config.head_dim)
-        empty = jnp.zeros(shape, self.config.compute_dtype)
+        length = tokens.shape[1]
+        if window is not None:
+            capacity = min(capacity, window)
+        elif length > capacity:
+            raise types.InputError(
+                f"a prompt of {length} tokens is longer than the cache's {capacity} places"
+            )
         memory = memory_segments = None
         if self.config.encoder is not None:
             memory = self.encode(batch)
@@ -127,58 +142,54 @@ class Transformer(nn.Module):
         segments = batch.get(types.DECODER_SEGMENT_IDS)
         real = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
         positions = jnp.maximum(jnp.cumsum(real > 0, axis=1, dtype=jnp.int32) - 1, 0)
-        prefix = batch.get(types.DECODER_PREFIX)
-        room = ((0, 0), (0, capacity - tokens.shape[1]))
-        if segments is not None:
-            segments = jnp.pad(segments, room, constant_values=1)
-        if prefix is not None:
-            prefix = jnp.pad(prefix, room)
-        cache = Cache(
-            LayerCache((empty, empty)),
-            index=jnp.int32(0),
-            positions=positions[:, 0],
-            segment_ids=segments,
-            memory_segment_ids=memory_segments,
-        )
-        x, cache = self._decode(tokens, cache, memory, positions, prefix)
-        return self._answer(x, batch), cache
-
-    def extend(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Logits `[b, n, v]` of the next tokens `[b, n]`, and the cache with them written."""
-        ahead = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        x, cache = self._decode(tokens, cache, None, cache.positions[:, None] + ahead)
-        return self._answer(x, {}), cache
-
-    def _decode(
-        self,
-        tokens: Array,
-        cache: Cache,
-        memory: Array | None,
-        positions: Array,
-        prefix: Array | None = None,
-    ) -> tuple[Array, Cache]:
-        # Unpacked rows hold one segment, numbered 1; what a padding token sees does not matter.
-        ones = jnp.ones(tokens.shape, jnp.int32)
-        visibility, memory_visibility = Visibility(key_prefix=prefix), Visibility()
-        if cache.segment_ids is not None:
-            visibility = Visibility(ones, cache.segment_ids, key_prefix=prefix)
-        if cache.memory_segment_ids is not None:
-            memory_visibility = Visibility(ones, cache.memory_segment_ids)
         x, written = self.decoder(
             self._embed(tokens),
-            visibility,
+            Visibility(
+                segments, segments, key_prefix=batch.get(types.DECODER_PREFIX), window=window
+            ),
             positions=positions,
-            cache=cache.layers,
             memory=memory,
-            memory_visibility=memory_visibility,
-            index=cache.index,
+            memory_visibility=_everywhere(tokens, memory_segments),
+            keeps=True,
         )
         assert written is not None
-        return x, dataclasses.replace(
+        if segments is not None:
+            segments = kv_cache.placed(segments, capacity, 1, fill=1)
+        return self._answer(x, batch), Cache(
+            tuple(kv_cache.start(layer, capacity, cache_dtype) for layer in written),
+            index=jnp.int32(length),
+            positions=positions[:, -1] + 1,
+            segment_ids=segments,
+            memory_segment_ids=memory_segments,
+            window=window,
+        )
+
+    def extend(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Logits `[b, n, v]` of the next tokens `[b, n]`, and the cache with them written.
+
+        A window's cache takes one token at a time: a second could overwrite what the first sees.
+        """
+        count = tokens.shape[1]
+        if cache.window is not None and count > 1:
+            raise types.InputError(f"a cache with a window takes one token at a time, not {count}")
+        segments = cache.segment_ids
+        if cache.window is not None and segments is not None:
+            segments = kv_cache.write_places(segments, jnp.ones_like(tokens), cache.index, 1)
+        ahead = jnp.arange(count, dtype=jnp.int32)[None, :]
+        x, written = self.decoder(
+            self._embed(tokens),
+            dataclasses.replace(_everywhere(tokens, segments), window=cache.window),
+            positions=cache.positions[:, None] + ahead,
+            cache=cache,
+            memory_visibility=_everywhere(tokens, cache.memory_segment_ids),
+        )
+        assert written is not None
+        return self._answer(x, {}), dataclasses.replace(
             cache,
             layers=written,
-            index=cache.index + tokens.shape[1],
-            positions=positions[:, -1] + 1,
+            index=cache.index + count,
+            positions=cache.positions + count,
+            segment_ids=segments,
         )
 
     def _embed(self, tokens: Array) -> Array:
@@ -211,6 +222,21 @@ class Transformer(nn.Module):
         pair = self.pair_head(x, segments, slots[:, :1], deterministic)
         logits = self.lm_head(heads.at_slots(x, slots[:, 1:]), self.token_embedding.attend)
         return heads.beside_tokens(pair, logits)
+
+
+def _everywhere(tokens: Array, key_segments: Array | None) -> Visibility:
+    """Every token sees all of segment 1: unpacked rows. What padding sees does not matter."""
+    if key_segments is None:
+        return Visibility()
+    return Visibility(jnp.ones((len(key_segments), tokens.shape[1]), jnp.int32), key_segments)
+
+
+def for_decoding(params: Params) -> Params:
+    """The same parameters as a loop over tokens reads them fastest; see `stack.apart`.
+
+    Do this once before the loop: `prefill` and `extend` take both forms.
+    """
+    return {**params, "decoder": apart(params["decoder"])}
 
 
 def _require(batch: Batch, key: str) -> Array:

