@@ -186,7 +186,7 @@ def contextual(
         np.add.at(counts, owners[real], 1)
     kept = np.flatnonzero(counts)
     table = (sums[kept] / counts[kept, None]).astype(np.float32)
-    return WordVectors(tuple(words[i] for i in kept), table)
+    return WordVectors(tuple(words[i] for i in kept.tolist()), table)
 
 
 def _windows(
