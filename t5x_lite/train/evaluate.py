@@ -19,7 +19,8 @@ from t5x_lite.data.pipeline import EvaluationBatches, iterate
 from t5x_lite.data.tasks import Task
 from t5x_lite.data.vocabularies import Vocabulary, count_bytes
 from t5x_lite.decode import prompts
-from t5x_lite.decode.greedy import greedy
+from t5x_lite.decode.generate import generate
+from t5x_lite.decode.sampling import Greedy, Strategy
 from t5x_lite.evaluation.bootstrap import with_intervals
 from t5x_lite.train.label_evaluation import Label
 from t5x_lite.train.losses import MEANS
@@ -46,7 +47,7 @@ class TeacherForced:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """The task's metrics on greedily decoded text; predictions are written beside the scores.
+    """The task's metrics on decoded text; predictions are written beside the scores.
 
     Beside each `<name>/<metric>` stand `<metric>_low` and `<metric>_high`, which hold 95% of its
     values on resamples of the examples: see `evaluation.bootstrap`.
@@ -56,6 +57,7 @@ class Generate:
     batches: EvaluationBatches
     max_tokens: int = 64  # the most new tokens of a prediction
     period: int = 1
+    strategy: Strategy = Greedy()  # Sampling draws by the run's seed
     resamples: int = 1000  # 0: no intervals
 
     def __post_init__(self) -> None:
@@ -81,18 +83,25 @@ class Evaluator:
         replicated = session.partitioner.replicated
 
         def decode(
-            params: Params, frozen: Params, batch: types.Batch, max_tokens: int, ids: tuple
+            params: Params,
+            frozen: Params,
+            batch: types.Batch,
+            number: int,
+            how: tuple[Strategy, int],
+            ids: tuple[int, int, int],
         ) -> types.Array:
-            merged, prompt = transform.apply(params, frozen), prompts.of_batch(batch)
+            strategy, max_tokens = how
             eos, pad, start = ids
-            return greedy(
+            return generate(
                 model,
-                merged,
-                prompt,
+                transform.apply(params, frozen),
+                prompts.of_batch(batch),
+                strategy=strategy,
                 max_tokens=max_tokens,
                 eos_id=eos,
                 pad_id=pad,
                 start_id=start,
+                rng=jax.random.fold_in(jax.random.key(session.seed), number),
             )
 
         def score(
@@ -110,7 +119,7 @@ class Evaluator:
         self._score = jax.jit(score, out_shardings=replicated)
         self._label = jax.jit(label, out_shardings=replicated)
         # Replicated, so that every process can read every row.
-        self._decode = jax.jit(decode, static_argnums=(3, 4), out_shardings=replicated)
+        self._decode = jax.jit(decode, static_argnums=(4, 5), out_shardings=replicated)
 
     def run(
         self,
@@ -179,10 +188,11 @@ class Evaluator:
         vocabulary = task.vocabulary
         decoded: list[jax.Array] = []
         with self.session.partitioner.activate():
-            for rows in self._batches(evaluation.batches):
+            how = evaluation.strategy, evaluation.max_tokens
+            for number, rows in enumerate(self._batches(evaluation.batches)):
                 batch = self.session.partitioner.put_batch(rows, evaluation.batches.batch_size)
                 ids = (vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id)
-                decoded.append(self._decode(params, frozen, batch, evaluation.max_tokens, ids))
+                decoded.append(self._decode(params, frozen, batch, number, how, ids))
         records: list[dict[str, Any]] = []
         for step, tokens in enumerate(jax.device_get(decoded)):
             real = evaluation.batches.records(step)

@@ -74,8 +74,10 @@ def evaluated(task, tmp_path_factory):
     ]
     traces = []
     with pytest.MonkeyPatch.context() as patch:
-        greedy = evaluate.greedy
-        patch.setattr(evaluate, "greedy", lambda *a, **k: (traces.append(1), greedy(*a, **k))[1])
+        generate = evaluate.generate
+        patch.setattr(
+            evaluate, "generate", lambda *a, **k: (traces.append(1), generate(*a, **k))[1]
+        )
         evaluator = Evaluator(session, evaluations)
         path = str(tmp_path_factory.mktemp("run") / "predictions" / "{name}-7.jsonl")
         metrics = evaluator.run(trainable, frozen, predictions=path)
