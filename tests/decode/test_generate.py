@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 
 from t5x_lite import types
+from t5x_lite.decode import sampling
 from t5x_lite.decode.generate import generate, search_beams
 from t5x_lite.decode.prompts import pad_left
-from t5x_lite.decode.sampling import BeamSearch, Greedy
+from t5x_lite.decode.sampling import BeamSearch, Greedy, Sampling
 from t5x_lite.interop import load_hf
+from t5x_lite.models import transformer
+from t5x_lite.sharding import Partitioner
+from t5x_lite.types import InputError
+from tests import common
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 EXPECTED = json.loads((FIXTURES / "generation.json").read_text(encoding="utf-8"))
