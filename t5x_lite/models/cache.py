@@ -85,7 +85,7 @@ class Cache:
         return self._in_text(self.index + ahead)
 
     def key_places(self, ahead: int) -> Array:
-        """Where in the text each place stands once `ahead` more are written: int32 `[c]` or `[b, c]`.
+        """Where each place stands in the text once `ahead` more are written: `[c]` or `[b, c]`.
 
         The last one of its place; a number behind all others where there is none yet.
         """
