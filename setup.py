@@ -6,10 +6,24 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "plan": ["libtpu==0.0.42.*"],  # matches jax 0.10.2: compiles for TPUs on a machine without one
-    "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2", "seqeval>=1.2"],
+    "eval": [
+        "sacrebleu>=2.4",
+        "rouge-score>=0.1.2",
+        "seqeval>=1.2",
+        "scikit-learn>=1.4",
+        "scipy>=1.11",
+    ],
     "studies": ["matplotlib>=3.8"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+    "serve": ["starlette>=0.40", "uvicorn>=0.30"],
+    "test": [
+        "httpx>=0.27",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "selenium>=4.20",
+    ],
     "fixtures": ["torch>=2.6", "transformers>=5.0"],  # tests/fixtures/make_*.py alone
+    "lm_eval": ["lm_eval>=0.4.13"],  # its tests also need its own extra, lm_eval[hf], and so torch
     "dev": ["ruff==0.17.6", "mypy==2.4.1"],
 }
 
@@ -22,6 +36,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["t5x_lite", "t5x_lite.*"]),
+    package_data={"t5x_lite.serving": ["page.html"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.5",
@@ -33,6 +48,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20",
+        "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
@@ -42,4 +58,5 @@ setup(
         "tokenizers>=0.20",
     ],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["t5x_lite-lm_eval = t5x_lite.train.harness:main"]},
 )

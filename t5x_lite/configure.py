@@ -150,10 +150,10 @@ def _read_file(name: str, roots: tuple[Path, ...], within: tuple[Path, ...], whe
         nearby = {p.name for folder in folders for p in (folder / wanted).parent.glob("*.gin")}
         names = {(wanted.parent / file).as_posix() for file in nearby}
         names |= {p.relative_to(GIN_CONFIGS).as_posix() for p in GIN_CONFIGS.rglob("*.gin")}
-        files = {Path(known).name: known for known in names}
-        close = close_matches(name, names) or [
-            files[file] for file in close_matches(wanted.name, files)
-        ]
+        # By the file's own name first: paths of one folder are all alike.
+        stems = {Path(known).stem: known for known in sorted(names)}
+        close = [stems[stem] for stem in close_matches(wanted.stem, stems)]
+        close = close or close_matches(name, names)
         raise InputError(
             f"there is no gin file '{name}'{at}.{did_you_mean(close)} Looked in: "
             f"{', '.join(dict.fromkeys(str(folder.resolve()) for folder in folders))}; "

@@ -7,27 +7,35 @@ from typing import Any, Final
 
 from t5x_lite.data import (
     layouts,
+    mappings,
     objectives,
     packing,
     pipeline,
     preprocessors,
+    selection,
     sources,
     tasks,
+    text_formats,
     textfiles,
     vocabularies,
     vocabulary_training,
 )
-from t5x_lite.data.builders import bible
+from t5x_lite.data.builders import catalog
 from t5x_lite.decode import sampling
-from t5x_lite.evaluation import metrics
+from t5x_lite.evaluation import fewshot, label_metrics, metrics, text_labels, text_metrics
+from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import lora, transform
+from t5x_lite.serving import serve
 from t5x_lite.sharding import Partitioner
-from t5x_lite.studies import demo
+from t5x_lite.studies import demo, skipgram, word2vec, words
+from t5x_lite.studies.in_context import study_in_context
 from t5x_lite.train import (
     checkpoint,
     convert,
+    embed,
     evaluate,
+    in_context,
     infer,
     inspect,
     loop,
@@ -52,11 +60,21 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     sources.TokenFileSource,
     sources.TfdsSource,
     sources.PairedSource,
+    selection.Where,
+    mappings.Mappings,
     textfiles.Lines,
     textfiles.Paragraphs,
     # tasks
     preprocessors.Prefix,
     preprocessors.Rename,
+    preprocessors.Template,
+    text_formats.TextLabel,
+    text_formats.TextNumber,
+    text_formats.TextMultirc,
+    text_formats.TextRecord,
+    text_formats.TextWsc,
+    text_formats.TextSquad,
+    text_formats.TextEntities,
     objectives.SpanCorruption,
     objectives.IidDenoising,
     objectives.UL2,
@@ -121,19 +139,47 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     run.RunCheckpoint,
     evaluate.TeacherForced,
     evaluate.Generate,
+    evaluate.Label,
     metrics.exact_match,
     metrics.bleu,
     metrics.chrf,
+    text_metrics.rouge,
+    text_metrics.squad,
+    text_metrics.several_answers,
+    text_metrics.referents,
+    text_metrics.entity_f1,
+    text_labels.Among,
+    text_labels.OfNumbers,
+    label_metrics.accuracy,
+    label_metrics.F1,
+    label_metrics.matthews,
+    label_metrics.pearson,
+    label_metrics.spearman,
+    label_metrics.entities,
+    # learning in context
+    fewshot.InContext,
+    fewshot.ShotTemplate,
+    fewshot.Choose,
+    fewshot.Write,
+    fewshot.Calibration,
     # programs
     loop.train,
     offline.evaluate_run,
     infer.infer,
+    in_context.evaluate_in_context,
+    embed.embed,
+    serve.serve,
     inspect.inspect_data,
     inspect.inspect_params,
     convert.convert,
     convert.run_model,
     convert.run_vocabulary,
+    packages.fetch_model,
     vocabulary_training.train_vocabulary,
-    bible.prepare,
+    catalog.prepare,
     demo.report,
+    study_in_context,
+    skipgram.SkipGram,
+    word2vec.train_word2vec,
+    words.study_words,
 )

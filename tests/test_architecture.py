@@ -27,7 +27,7 @@ RANK = {
     **dict.fromkeys(("decode", "interop"), 5),
     "evaluation": 6,
     "train": 7,
-    **dict.fromkeys(("planning", "studies"), 8),
+    **dict.fromkeys(("planning", "serving", "studies"), 8),
     **dict.fromkeys(("bindings", "commandline", "registry", "configure"), 9),
     "scripts": 10,
 }
@@ -35,6 +35,7 @@ DATA_IMPORTS = {"types", "data"}
 JAX_STACK = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 JAX_FREE = {"data", "types"}  # types too: data imports it
 NEVER = {"torch", "transformers", "tensorflow"}
+HARNESS = {f"{PACKAGE}.evaluation.harness", f"{PACKAGE}.train.harness"}  # alone import lm_eval
 GIN_MODULE = f"{PACKAGE}.configure"
 MAX_LINES = 400
 LONG_MODULES: dict[str, str] = {}  # path from the root -> why it isn't two modules
@@ -119,6 +120,8 @@ def _breaches(module: Module, name: str, modules: Mapping[str, Module]) -> Itera
         yield f"imports {top}, which nothing here may need"
     if top == "gin" and module.name != GIN_MODULE:
         yield f"imports gin; only {GIN_MODULE} does"
+    if top == "lm_eval" and module.name not in HARNESS:
+        yield f"imports lm_eval; only {' and '.join(sorted(HARNESS))} do"
     if top in JAX_STACK and module.room in JAX_FREE:
         yield f"{module.room} imports {top}"
     if not target or target == module.room or target not in (*RANK, "data"):

@@ -213,7 +213,7 @@ def test_the_table_registers() -> None:
 def test_unknown_file_names_folders_and_close_files() -> None:
     text = message(files=("rum.gin",))
     assert "there is no gin file 'rum.gin'" in text
-    assert "Did you mean run.gin" in text
+    assert "Did you mean run.gin?" in text
     assert str(Path.cwd()) in text
     assert str(configure.GIN_CONFIGS) in text
 

@@ -31,3 +31,17 @@ class Rename:
     def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
         kept = {k: v for k, v in record.items() if k not in self.fields.values()}
         return {**kept, **{new: record[old] for new, old in self.fields.items()}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """Fields made of others: `Template({"inputs": "summarize {aspect}: {text}"})`.
+
+    What is in braces is a field of the record as it was; double braces are braces.
+    """
+
+    fields: Mapping[str, str]
+
+    def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        made = {name: template.format_map(record) for name, template in self.fields.items()}
+        return {**record, **made}

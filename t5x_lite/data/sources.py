@@ -314,7 +314,7 @@ class TfdsSource:
 
     @property
     def _command(self) -> str:
-        name = re.split("[/:]", self.name)[0]
+        name = self.name.partition(":")[0]
         return f"python scripts/prepare_data.py --dataset={name} --data_dir={self.data_dir}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -353,14 +353,18 @@ class _Tfds:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Record:
-        return {key: _plain(value) for key, value in self.records[int(index)].items()}
+        return _plain(self.records[int(index)])
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, np.ndarray) and value.dtype == object:
         return [_plain(item) for item in value.tolist()]
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value.item() if isinstance(value, np.generic) else value

@@ -22,7 +22,9 @@ from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.types import InputError
 
 Preprocessor = Callable[[Record], Record]
-# (targets, predictions) -> values by name; texts, or what a labelled objective asks for
+# (targets, predictions) -> values by name. A target is the record's `references`, if it has them
+# (several right answers, or what else the metric compares with), or else its `targets`. Of a
+# labelled objective, targets are its `truth` and predictions its `answer`.
 Metric = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
 Layout = Callable[..., dict[str, np.ndarray]]
 

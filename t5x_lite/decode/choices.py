@@ -73,12 +73,11 @@ def choices(
     Questions may differ in their number of choices. The errors are those of `score_items`; a
     question without a choice is one too.
     """
-    config, vocabulary = loaded.model.config, loaded.vocabulary
     asked = []
     for prompt, texts in questions:
         if not texts:
             raise InputError(f"a question has no choices: its prompt ends in {prompt[-40:]!r}")
-        asked.append([scoring.encode_pair(config, vocabulary, prompt, text) for text in texts])
+        asked.append([scoring.make_item(loaded, prompt, text) for text in texts])
     return score_alternatives(loaded, asked, batch_size=batch_size)
 
 
@@ -140,4 +139,9 @@ def _rows(
         return {**batch, types.DECODER_INPUT_TOKENS: tokens}, targets, real
     length = scoring.bucket(longest, None if room is None else room - width + 1)
     # A row that only fills the batch up has to see something: the start.
-    return pad_left([*prompts, *[start] * (rows - len(prompts))], length), targets, real
+    batch = pad_left([*prompts, *[start] * (rows - len(prompts))], length)
+    both: np.ndarray = np.zeros((rows, 1), np.int32)
+    both[: len(questions), 0] = [items[0].both_ways for items in questions]
+    if both.any():
+        batch[types.DECODER_PREFIX] = batch[types.DECODER_SEGMENT_IDS] * both
+    return batch, targets, real

@@ -50,6 +50,7 @@ class Item:
 
     context: np.ndarray
     continuation: np.ndarray
+    both_ways: bool = False  # a decoder alone sees its context in both directions (prefix LM)
 
 
 # --- on the device -------------------------------------------------------------------------------
@@ -122,16 +123,34 @@ def encode_pair(
     return Item(np.concatenate([start, before]).astype(np.int32), rest.astype(np.int32))
 
 
+def make_item(loaded: Loaded, context: str, continuation: str) -> Item:
+    """The item of two texts, as the model was trained to be asked (`Loaded.asking`).
+
+    A decoder alone goes on from the context, see `encode_pair`, or it answers: then the context
+    ends with eos, and the continuation is a whole target with its eos.
+    """
+    config, vocabulary, prompt = loaded.model.config, loaded.vocabulary, loaded.asking.prompt
+    if config.encoder is not None or prompt in (None, "continue"):
+        return encode_pair(config, vocabulary, context, continuation)
+    read = reading(vocabulary, context)
+    target = wrap_targets(vocabulary.encode(continuation), vocabulary)
+    return Item(read, target, both_ways=prompt == "prefix")
+
+
+def reading(vocabulary: Vocabulary, context: str) -> np.ndarray:
+    """A text that a decoder alone answers: its start, then the text with bos and eos."""
+    read, start = wrap(vocabulary.encode(context), vocabulary), vocabulary.start_id
+    return read if read[0] == start else np.concatenate([[start], read]).astype(np.int32)
+
+
 def loglikelihood(
     loaded: Loaded, pairs: Sequence[tuple[str, str]], *, batch_size: int = 32
 ) -> list[Score]:
     """How likely each continuation is behind its context: (context, continuation) pairs of texts.
 
-    See `encode_pair` for how texts become tokens, and `score_items` for the errors.
+    See `make_item` for how texts become tokens, and `score_items` for the errors.
     """
-    config = loaded.model.config
-    items = [encode_pair(config, loaded.vocabulary, *pair) for pair in pairs]
-    return score_items(loaded, items, batch_size=batch_size)
+    return score_items(loaded, [make_item(loaded, *pair) for pair in pairs], batch_size=batch_size)
 
 
 def rolling_loglikelihood(
@@ -200,8 +219,8 @@ def score_items(loaded: Loaded, items: Sequence[Item], *, batch_size: int = 32) 
     config, partitioner = loaded.model.config, loaded.partitioner
     check_scored(config)
     partitioner.check_batch_size(batch_size)
-    for item in items:
-        check_lengths(config, item)
+    for one in items:
+        check_lengths(config, one)
     order = sorted(range(len(items)), key=lambda i: _size(items[i]), reverse=True)
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     score, local = (
@@ -251,9 +270,15 @@ def item_rows(loaded: Loaded, items: Sequence[Item], rows: int) -> dict[str, np.
     ]
     slots = bucket(max(map(len, written)), None, shortest=1)
     targets, real = padded(written, rows, slots)
+    width = bucket(max(map(len, inputs)), most)
+    both: list[np.ndarray] = [
+        np.ones(len(item.context) * item.both_ways, np.int32) for item in items
+    ]
+    prefix = {types.DECODER_PREFIX: padded(both, rows, width)[0]} if any(map(len, both)) else {}
     return {
+        **prefix,
         # Behind a row's end comes what a causal decoder can't see.
-        types.DECODER_INPUT_TOKENS: padded(inputs, rows, bucket(max(map(len, inputs)), most))[0],
+        types.DECODER_INPUT_TOKENS: padded(inputs, rows, width)[0],
         types.MASKED_POSITIONS: padded(places, rows, slots)[0],
         types.MASKED_TARGET_TOKENS: targets,
         types.MASKED_LOSS_WEIGHTS: real.astype(np.float32),
@@ -268,7 +293,7 @@ def encoder_rows(
     return {types.ENCODER_INPUT_TOKENS: tokens, types.ENCODER_SEGMENT_IDS: real.astype(np.int32)}
 
 
-def padded(parts: Sequence[np.ndarray], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(parts: Sequence[Any], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """int32 `[rows, width]` that begins with `parts`, zeros behind, and which are theirs."""
     tokens: np.ndarray = np.zeros((rows, width), np.int32)
     real: np.ndarray = np.zeros((rows, width), bool)

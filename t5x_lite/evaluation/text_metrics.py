@@ -80,6 +80,61 @@ def several_answers(targets: Sequence[Mapping[str, Any]], predictions: Sequence[
     return Statistics(rows, score)
 
 
+@additive
+def referents(targets: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> Statistics:
+    """`accuracy` of pronouns' referents (WSC as T5 answers it).
+
+    A target is `{"referent": a mention, "label": whether the pronoun means it}`. A prediction names
+    that mention if the words of one are among the other's, articles and the like apart; what it
+    says is right if that agrees with the label.
+    """
+    rows = []
+    for target, prediction in zip(targets, predictions, strict=True):
+        wanted, found = (_content(text) for text in (target["referent"], prediction))
+        same = bool(found) and (found <= wanted or wanted <= found)
+        # "Bob" and "Bob's mother" are not the same person.
+        same &= ("'" in target["referent"]) == ("'" in prediction)
+        rows.append([same == bool(target["label"])])
+    return percentages(["accuracy"], rows)
+
+
+_DETERMINERS = frozenset(
+    "a an the this that these those my your his her its our their some every each many".split()  # noqa: SIM905
+)
+
+
+def _content(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[\w']+", text.lower())) - _DETERMINERS
+
+
+@additive
+def entity_f1(targets: Sequence[Target], predictions: Sequence[str]) -> Statistics:
+    """`precision`, `recall`, `f1` of lists of entities, "ORG: EU; MISC: German", over the corpus.
+
+    As CoNLL-2003 counts: an entity is right with its type and all its words. Where it stands in
+    the text is not told, and so not asked.
+    """
+    rows = []
+    for target, prediction in zip(targets, predictions, strict=True):
+        wanted, found = (_entities(text) for text in (references(target)[0], prediction))
+        rows.append([sum((wanted & found).values()), sum(wanted.values()), sum(found.values())])
+
+    def score(total: np.ndarray) -> dict[str, float]:
+        both, wanted, found = total.tolist()
+        return {
+            "precision": 100.0 * both / max(found, 1.0),
+            "recall": 100.0 * both / max(wanted, 1.0),
+            "f1": 200.0 * both / max(wanted + found, 1.0),
+        }
+
+    return Statistics(np.array(rows, np.float64), score)
+
+
+def _entities(text: str) -> collections.Counter[tuple[str, str]]:
+    parts = (part.partition(":") for part in text.split(";"))
+    return collections.Counter((k.strip(), " ".join(w.split())) for k, colon, w in parts if colon)
+
+
 def normalize_answer(text: str) -> str:
     """Lower case, without punctuation and articles, single spaces: SQuAD's comparison of texts."""
     bare = "".join(c for c in text.lower() if c not in string.punctuation)

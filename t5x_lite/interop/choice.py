@@ -71,14 +71,10 @@ def choose(
     for architecture in architectures:
         try:
             settings = architecture.write(config)
-            # As in the file that would be written, where no tensor is zeros.
-            rules = [rule for rule in architecture.rules(config) if _has(config, rule.path)]
-            written: Tensors = {rule.name: np.ones(1, np.float32) for rule in rules}
-            again = architecture.read(settings, written)
+            different = misread(config, architecture, settings)
         except InputError as error:
             reasons.append(f"{architecture.model_type}: {error}")
             continue
-        different = differences(essence(config), essence(again))
         if not different:
             return architecture, settings
         reasons.append(f"{architecture.model_type}: {', '.join(different)}")
@@ -86,6 +82,14 @@ def choose(
         "no architecture of Hugging Face's that is known here can express this model:\n  "
         + "\n  ".join(reasons)
     )
+
+
+def misread(config: ModelConfig, architecture: Architecture, settings: Settings) -> list[str]:
+    """How the model that `settings` make differs from the one of `config`; empty: not at all."""
+    # As in the file that would be written, where no tensor is zeros.
+    rules = [rule for rule in architecture.rules(config) if _has(config, rule.path)]
+    written: Tensors = {rule.name: np.ones(1, np.float32) for rule in rules}
+    return differences(essence(config), essence(architecture.read(settings, written)))
 
 
 def _has(config: ModelConfig, path: str) -> bool:

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from t5x_lite import trees
+from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.interop import choice, sentence_vectors
 from t5x_lite.interop import safetensors_files as files
 from t5x_lite.interop.binding import Binding
@@ -33,7 +34,7 @@ from t5x_lite.interop.hf_gpt2 import GPT2
 from t5x_lite.interop.hf_llama import LLAMA
 from t5x_lite.interop.hf_t5 import T5
 from t5x_lite.interop.name_maps import Architecture, Settings, Tensors
-from t5x_lite.interop.settings import refuse
+from t5x_lite.interop.settings import refuse, special_tokens, write_labels
 from t5x_lite.models import transformer
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import EmbeddingHead
@@ -85,19 +86,11 @@ def load_hf(
         file that is damaged, and tensors that are missing, unexpected or of a wrong shape: one
         message with the names.
     """
-    if not os.path.isdir(directory):
-        raise InputError(f"'{directory}' is not a directory: expected one with {CONFIG}")
-    settings = files.read_json(os.path.join(directory, CONFIG))
+    architecture, settings, tensors, config = _open(directory, architectures)
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
+    model = transformer.Transformer(config)
+    structs = _structs(model)
     try:
-        architecture = choice.known(settings, architectures)
-        refuse(settings, {"quantization_config": None})
-        tensors = choice.today(files.open_tensors(directory), architecture)
-        config = _read_config(architecture, settings, tensors)
-        if isinstance(config.head, EmbeddingHead):
-            config = dataclasses.replace(config, head=sentence_vectors.read_head(directory))
-        config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
-        model = transformer.Transformer(config)
-        structs = _structs(model)
         base = choice.base_of(architecture, settings, config, tensors)
         sources = Binding.of(architecture, config, base, _shapes(structs)).read(tensors)
     except InputError as error:
@@ -115,12 +108,21 @@ def load_hf(
     )
 
 
+def read_hf_config(
+    directory: str, *, architectures: Sequence[Architecture] = ARCHITECTURES
+) -> ModelConfig:
+    """The config of the model that `load_hf` loads, without its weights. InputError: as there."""
+    return _open(directory, architectures)[3]
+
+
 def save_hf(
     directory: str,
     model: transformer.Transformer,
     params: Params,
     *,
     tokenizer: str | None = None,
+    vocabulary: Vocabulary | None = None,
+    labels: Sequence[str] = (),
     architectures: Sequence[Architecture] = ARCHITECTURES,
     file_bytes: int = 5_000_000_000,
 ) -> None:
@@ -132,13 +134,17 @@ def save_hf(
       params: its parameters, as plain arrays: merge adapters first. Their dtype is the file's.
       tokenizer: a directory whose tokenizer files are copied; the special tokens and the labels'
         names in its config.json come with them.
+      vocabulary: whose ids of special tokens are written where no tokenizer's config.json says
+        them; None: those that the architecture was published with.
+      labels: names of the head's labels, in order; () leaves those of the tokenizer's config.json,
+        or else LABEL_0, LABEL_1, ...
       architectures: as for `load_hf`; the first that can express the config is taken.
       file_bytes: larger models are split into files of at most so many bytes, with an index. So
         much is held on the host at a time.
 
     Raises:
       InputError: for a config that no architecture expresses (with each one's reason), params that
-        are not the model's, and a directory that is in use.
+        are not the model's, a vocabulary that is not, and a directory that is in use.
     """
     held = [name for name in files.listed(directory) if name.endswith(".safetensors")]
     if held:
@@ -156,7 +162,21 @@ def save_hf(
     binding = Binding.of(architecture, model.config, base, shapes)
     dtype = np.dtype(next(iter(given.values())).dtype)
     settings |= {"model_type": architecture.model_type, "torch_dtype": dtype.name}
-    settings |= {} if tokenizer is None else _carried(tokenizer, architecture, settings)
+    carried = {} if tokenizer is None else _carried(tokenizer, architecture, settings)
+    if not carried and vocabulary is not None:
+        settings = special_tokens(settings, vocabulary, model.config)
+    settings |= carried
+    if different := choice.misread(model.config, architecture, settings):
+        raise InputError(
+            f"with this vocabulary's special tokens, {architecture.model_type} would be another "
+            f"model: {', '.join(different)}"
+        )
+    if labels:
+        if len(labels) != len(settings.get("id2label") or ()):
+            raise InputError(
+                f"labels={tuple(labels)}: not those of the model's {model.config.head}"
+            )
+        settings |= write_labels(labels)
     constants = {name: x.astype(dtype) for name, x in architecture.constants(model.config).items()}
     tensors = itertools.chain(constants.items(), binding.write(given))
     if jax.process_index() != 0:
@@ -175,11 +195,36 @@ def save_hf(
     files.write_json(os.path.join(directory, CONFIG), settings)
 
 
+def _open(
+    directory: str, architectures: Sequence[Architecture]
+) -> tuple[Architecture, Settings, Tensors, ModelConfig]:
+    """What a directory holds: nothing of the tensors is read but their names and shapes."""
+    if not os.path.isdir(directory):
+        raise InputError(f"'{directory}' is not a directory: expected one with {CONFIG}")
+    settings = files.read_json(os.path.join(directory, CONFIG))
+    try:
+        architecture = choice.known(settings, architectures)
+        refuse(settings, {"quantization_config": None})
+        tensors = choice.today(files.open_tensors(directory), architecture)
+        config = _read_config(architecture, settings, tensors)
+        if isinstance(config.head, EmbeddingHead):
+            config = dataclasses.replace(config, head=sentence_vectors.read_head(directory))
+    except InputError as error:
+        raise InputError(f"'{directory}': {error}") from error
+    return architecture, settings, tensors, config
+
+
 def _read_config(architecture: Architecture, settings: Settings, tensors: Tensors) -> ModelConfig:
     try:
         return architecture.read(settings, tensors)
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"config.json lacks the setting {error}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"config.json has a setting that makes no {architecture.model_type}: {error}"
+        ) from error
 
 
 def _structs(model: transformer.Transformer) -> Params:

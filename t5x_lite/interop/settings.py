@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
+from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.interop.name_maps import Settings
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import EmbeddingHead, Head, LMHead, SequenceHead, TokenHead
@@ -50,12 +51,36 @@ def num_labels(settings: Settings, default: int = 2) -> int:
     return len(settings.get("id2label") or ()) or settings.get("num_labels") or default
 
 
-def write_labels(count: int) -> dict[str, Any]:
-    names = [f"LABEL_{index}" for index in range(count)]
+def write_labels(names: Sequence[str]) -> dict[str, Any]:
     return {
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
     }
+
+
+def special_tokens(
+    settings: Settings, vocabulary: Vocabulary, config: ModelConfig
+) -> dict[str, Any]:
+    """`settings` with the ids of the vocabulary's special tokens.
+
+    Raises InputError for a vocabulary that is not the model's.
+    """
+    if vocabulary.size > config.vocab_size:
+        raise InputError(
+            f"the vocabulary has {vocabulary.size} tokens, and the model {config.vocab_size}: it "
+            "is not the model's"
+        )
+    start = vocabulary.start_id
+    ids = {
+        "pad_token_id": vocabulary.pad_id,
+        "eos_token_id": vocabulary.eos_id,
+        "bos_token_id": vocabulary.bos_id,
+    }
+    if config.encoder is None:
+        ids["bos_token_id"] = start  # what transformers' generate begins an empty prompt with
+    elif config.decoder is not None:
+        ids["decoder_start_token_id"] = start
+    return {**settings, **ids}
 
 
 def class_of(config: ModelConfig, prefix: str, lm_class: str) -> dict[str, Any]:
@@ -70,7 +95,7 @@ def class_of(config: ModelConfig, prefix: str, lm_class: str) -> dict[str, Any]:
         case EmbeddingHead():
             name, labels = "Model", 0
     settings: dict[str, Any] = {"architectures": [prefix + name]}
-    return settings | (write_labels(labels) if labels else {})
+    return settings | (write_labels([f"LABEL_{i}" for i in range(labels)]) if labels else {})
 
 
 def expect(what: str, value: Any, kind: type[T]) -> T:

@@ -59,17 +59,24 @@ class LinearScaling:
 
     factor: float
 
+    def __post_init__(self) -> None:
+        _check_scaling(self, self.factor)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicScaling:
-    """A larger base once a row is longer than the model was trained for.
+    """A larger base for texts longer than the model was trained for.
 
     base * (factor * length / original_length - (factor - 1)) ** (d / (d - 2)): "dynamic NTK", as in
-    Hugging Face transformers.
+    Hugging Face transformers, where the longest text of a batch counts for all; here each counts
+    for itself, whatever it is packed or batched with.
     """
 
     factor: float
     original_length: int
+
+    def __post_init__(self) -> None:
+        _check_scaling(self, self.factor, self.original_length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,15 @@ class Llama3Scaling:
     high_frequency_factor: float = 4.0
     original_length: int = 8192
 
+    def __post_init__(self) -> None:
+        _check_scaling(self, self.factor, self.original_length)
+        if not 0.0 < self.low_frequency_factor < self.high_frequency_factor:
+            raise InputError(
+                f"Llama3Scaling.low_frequency_factor={self.low_frequency_factor} and "
+                f"high_frequency_factor={self.high_frequency_factor}: expected the first above 0 "
+                "and below the second"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
@@ -91,6 +107,21 @@ class YarnScaling:
     beta_fast: float = 32.0  # turns within original_length above which a wave is kept
     beta_slow: float = 1.0  # ... below which it is divided by `factor`
     attention_factor: float | None = None  # of cosines and sines; None: 0.1 ln(factor) + 1
+
+    def __post_init__(self) -> None:
+        _check_scaling(self, self.factor, self.original_length)
+        if not 0.0 < self.beta_slow < self.beta_fast:
+            raise InputError(
+                f"YarnScaling.beta_slow={self.beta_slow} and beta_fast={self.beta_fast}: expected "
+                "the first above 0 and below the second"
+            )
+
+
+def _check_scaling(scaling: object, factor: float, original_length: int = 1) -> None:
+    if not factor > 0.0 or original_length < 1:
+        raise InputError(
+            f"{scaling}: expected a factor above 0 and an original_length of at least 1"
+        )
 
 
 RotaryScaling: TypeAlias = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
@@ -109,6 +140,8 @@ class Rotary:
     scaling: RotaryScaling | None = None
 
     def __post_init__(self) -> None:
+        if not self.base > 1.0:  # waves get slower by powers of it
+            raise InputError(f"Rotary.base={self.base}: expected above 1")
         if not 0.0 < self.fraction <= 1.0:
             raise InputError(f"Rotary.fraction={self.fraction}: expected above 0, up to 1")
 

@@ -9,10 +9,12 @@ import math
 from typing import Any, TypeAlias
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite.models import config_positions as config
+from t5x_lite.models import weights
 from t5x_lite.types import Array
 
 Angles: TypeAlias = tuple[Array, Array]  # cosines and sines, see `rotary_angles`
@@ -82,8 +84,8 @@ class RelativeBias(nn.Module):
         )
         if bucket.ndim == 2:
             bucket = bucket[None]
-        bias = jnp.take(embedding, bucket, axis=0)  # [1 or b, q, k, h]
-        return jnp.moveaxis(bias, -1, 1).astype(dtype)
+        bias = weights.lookup(bucket, embedding, dtype)  # [1 or b, q, k, h]
+        return jnp.moveaxis(bias, -1, 1)
 
 
 def sinusoids(positions: Array, embed_dim: int, max_period: float) -> Array:
@@ -115,16 +117,27 @@ def rotary_angles(rotary: config.Rotary, dim: int, positions: Array) -> Angles:
         case config.LinearScaling(factor=by):
             inverse = inverse / np.float32(by)
         case config.DynamicScaling(factor=by, original_length=original):
-            longest = jnp.maximum(jnp.max(positions) + 1, original).astype(jnp.float32)
+            longest = jnp.maximum(_lengths(positions), original).astype(jnp.float32)
             base = rotary.base * (by * longest / original - (by - 1)) ** (dim / (dim - 2))
-            inverse = base**-exponents
+            inverse = base[..., None] ** -exponents[None, None, :]
         case config.Llama3Scaling() as scaling:
             inverse = _llama3_frequencies(inverse, scaling)
         case config.YarnScaling() as scaling:
             inverse = _yarn_frequencies(inverse, rotary.base, dim, scaling)
             factor = scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
-    angle = positions.astype(jnp.float32)[..., None, None] * inverse[None, None, None, :]
+    inverse = jnp.broadcast_to(inverse, (*positions.shape, dim // 2))
+    angle = (positions.astype(jnp.float32)[..., None] * inverse)[:, :, None, :]
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def _lengths(positions: Array) -> Array:
+    """Of each place's segment, its last position + 1: `0 1 2 0 1 -> 3 3 3 2 2`, int32 `[b, l]`.
+
+    By segment, so that no row depends on what it is packed or batched with.
+    """
+    segments = jnp.cumsum(positions == 0, axis=1)
+    last = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, num_segments=p.shape[0] + 1))
+    return jnp.take_along_axis(last(positions, segments), segments, axis=1) + 1
 
 
 def rotate(x: Array, angles: Angles) -> Array:

@@ -84,9 +84,10 @@ class LoRA(Transform):
         chosen = trees.match_first(rules, flat_names, what="LoRA target")
         paths = [path for path, hit in chosen.items() if hit]
         for path in paths:
-            if len(flat_names[path]) - _layer_axes(flat_names[path]) < 2:
+            axes = flat_names[path]
+            if not path.endswith(("/kernel", "/embedding")) or len(axes) - _layer_axes(axes) < 2:
                 raise InputError(
-                    f"LoRA target '{path}' is a vector {flat_names[path]}: LoRA needs a matrix; "
+                    f"LoRA target '{path}' {axes} is not a matrix that inputs are multiplied by: "
                     "narrow the pattern to kernels or embeddings"
                 )
         return paths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from t5x_lite import trees
+from t5x_lite.evaluation.bootstrap import bootstrap_difference, with_intervals
 from t5x_lite.evaluation.metrics import bleu, chrf
 from t5x_lite.train.checkpoint import Checkpointer, find_step
 from t5x_lite.train.evaluate import PREDICTIONS
@@ -34,7 +35,8 @@ class Row:
     """One system of the table."""
 
     label: str
-    scores: dict[str, float]  # chrf, bleu, in percent; loss in nats a token
+    # chrf, bleu, in percent, with their 95% intervals (chrf_low, ...); loss in nats a token
+    scores: dict[str, float]
     trained: int | None = None  # parameters
     checkpoint_bytes: dict[str, int] | None = None  # on disk, by item
 
@@ -62,13 +64,15 @@ def report(
     runs = {label: os.path.join(folder, name) for name, label in TUNED.items()}
     predictions = {label: read_predictions(path) for label, path in runs.items()}
     rows = [copy_row(next(iter(predictions.values())))]
-    rows += [tuned_row(label, path) for label, path in runs.items()]
+    rows += [tuned_row(label, path, predictions[label]) for label, path in runs.items()]
 
     console.print(
         f"\n[bold]Pretraining[/bold] (span corruption, three Bibles): loss on held-out chapters "
         f"{losses[0]:.3f} at the start, {losses[-1]:.3f} at the end"
     )
     console.print(_table(rows, len(next(iter(predictions.values())))))
+    for line in differences(predictions):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for index in range(samples):
         console.print()
         shown = predictions[TUNED["lora"]][index]
@@ -118,16 +122,35 @@ def held_out_losses(run: str) -> list[float]:
 
 def copy_row(records: Sequence[dict[str, Any]]) -> Row:
     """The baseline that any tuned model has to be compared with: the source as its own output."""
-    targets = [record["targets"] for record in records]
     sources = [record["inputs"] for record in records]
-    return Row("copying the source", {**chrf(targets, sources), **bleu(targets, sources)})
+    return Row("copying the source", _scores(records, sources))
 
 
-def tuned_row(label: str, path: str) -> Row:
+def _scores(records: Sequence[dict[str, Any]], texts: Sequence[str]) -> dict[str, float]:
+    targets = [record["targets"] for record in records]
+    return {**with_intervals(chrf, targets, texts), **with_intervals(bleu, targets, texts)}
+
+
+def differences(predictions: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
+    """What pretraining brought, and what is left to copying, in chrF with paired 95% intervals."""
+    records = predictions[TUNED["lora"]]
+    targets = [record["targets"] for record in records]
+    texts = {label: [r["prediction"] for r in made] for label, made in predictions.items()}
+    texts["copying the source"] = [record["inputs"] for record in records]
+    best, random = TUNED["lora"], TUNED["lora_random"]
+    lines = []
+    for one, other in ((best, random), (TUNED["full"], best), (best, "copying the source")):
+        (low, high) = bootstrap_difference(chrf, targets, texts[one], texts[other])["chrf"]
+        value = chrf(targets, texts[one])["chrf"] - chrf(targets, texts[other])["chrf"]
+        lines.append(f"chrF of {one} - {other}: {value:+.1f} ({low:+.1f} to {high:+.1f})")
+    return lines
+
+
+def tuned_row(label: str, path: str, predictions: Sequence[dict[str, Any]]) -> Row:
     """Scores of a run's last evaluation, and what its checkpoint holds."""
     records = read_jsonl(os.path.join(path, "metrics.jsonl"))
-    scores = [record for record in records if "generate/chrf" in record]
-    if not scores:
+    losses = [record["test/loss"] for record in records if "test/loss" in record]
+    if not losses:
         raise InputError(f"'{path}' has no evaluation yet: finish the run first")
     run = Run.read(path)
     session = Session(run.model, run.transform, seed=run.seed)
@@ -138,11 +161,7 @@ def tuned_row(label: str, path: str) -> Row:
         checkpointer.close()
     return Row(
         label,
-        {
-            "chrf": scores[-1]["generate/chrf"],
-            "bleu": scores[-1]["generate/bleu"],
-            "loss": scores[-1]["test/loss"],
-        },
+        {**_scores(predictions, [r["prediction"] for r in predictions]), "loss": losses[-1]},
         trees.count(session.split_shapes[0]),
         nbytes,
     )
@@ -159,7 +178,8 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
 
 
 def _table(rows: Sequence[Row], verses: int) -> Table:
-    table = Table(title=f"KJV to Basic English, {verses} verses of held-out chapters")
+    title = f"KJV to Basic English, {verses} verses of held-out chapters (95% intervals)"
+    table = Table(title=title)
     table.add_column("system")
     for column in ("chrF", "BLEU", "loss", "trained parameters", "weights, bytes", "optimizer"):
         table.add_column(column, justify="right")
@@ -167,11 +187,17 @@ def _table(rows: Sequence[Row], verses: int) -> Table:
         sizes = row.checkpoint_bytes or {}
         table.add_row(
             row.label,
-            f"{row.scores['chrf']:.1f}",
-            f"{row.scores['bleu']:.1f}",
+            _with_interval(row.scores, "chrf"),
+            _with_interval(row.scores, "bleu"),
             f"{row.scores['loss']:.3f}" if "loss" in row.scores else "",
             "" if row.trained is None else f"{row.trained:,}",
             f"{sizes['params']:,}" if sizes else "",
             f"{sizes['optimizer']:,}" if sizes else "",
         )
     return table
+
+
+def _with_interval(scores: Mapping[str, float], name: str) -> str:
+    return "{:.1f} ({:.1f} to {:.1f})".format(
+        *(scores[name + end] for end in ("", "_low", "_high"))
+    )

@@ -8,6 +8,7 @@ Arrays are stored whole and by path: they restore onto any mesh and number of pr
 from __future__ import annotations
 
 import datetime
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from t5x_lite import trees
 from t5x_lite.types import InputError, Params
 
 DIRECTORY = "checkpoints"
+BEST = "best"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,9 @@ class Checkpointer:
                 "is written: make CheckpointPolicy.period a multiple of train.eval_period"
             )
         optimizer = _by_path(opt_state)
+        if best is not None:
+            score = {"metric": best, "mode": self.policy.best_mode, "value": (metrics or {})[best]}
+            metadata = {**metadata, BEST: score}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -185,14 +190,42 @@ def all_steps(model_dir: str) -> list[int]:
     return steps
 
 
-def find_step(model_dir: str, step: int | None = None) -> int:
-    """The checkpoint step asked for, or the latest. Raises InputError if there is none."""
+def find_step(model_dir: str, step: int | Literal["best"] | None = None) -> int:
+    """The checkpoint step asked for, or the latest. Raises InputError if there is none.
+
+    "best" is by the metric of the run's `CheckpointPolicy.best_metric`, among what is still there.
+    """
     steps = all_steps(model_dir)
     if step is None:
         return steps[-1]
+    if step == "best":
+        return _best_step(model_dir, steps)
     if step not in steps:
         raise InputError(f"'{model_dir}' has no checkpoint of step {step}; it has {steps}")
     return step
+
+
+def _best_step(model_dir: str, steps: list[int]) -> int:
+    checkpointer = Checkpointer(model_dir)
+    try:
+        found = {step: checkpointer.metadata(step).get(BEST) for step in steps}
+    finally:
+        checkpointer.close()
+    scores = {step: score for step, score in found.items() if score is not None}
+    if not scores:
+        raise InputError(
+            f"no checkpoint of '{model_dir}' remembers a score to be the best by: train with "
+            f"CheckpointPolicy.best_metric, or name a step; it has {steps}"
+        )
+    last = scores[max(scores)]  # the policy may have changed on the way: the newest counts
+    same = {step: score["value"] for step, score in scores.items() if _same(score, last)}
+    sign = -1 if last["mode"] == "max" else 1
+    numbers = {step: sign * value for step, value in same.items() if not math.isnan(value)}
+    return min(numbers, key=lambda step: (numbers[step], step)) if numbers else max(same)
+
+
+def _same(score: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(score[key] == other[key] for key in ("metric", "mode"))
 
 
 def versions() -> dict[str, str]:

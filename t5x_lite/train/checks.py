@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Final
 
-from t5x_lite.data.objectives.base import wrapping
+from t5x_lite.data.objectives.base import is_labelled, wrapping
 from t5x_lite.data.pipeline import Batches
 from t5x_lite.data.tasks import Mixture, Task
 from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.interop.hf_tokenizers import find_vocabulary
 from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.config_heads import LMHead, SequenceHead, TokenHead
 from t5x_lite.models.config_positions import Learned
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
@@ -41,7 +45,11 @@ def check_best(
 
 
 def check_parts(
-    session: Session, batches: Batches, microbatches: int, evaluations: Sequence[Evaluation]
+    session: Session,
+    batches: Batches,
+    loss: steps.Loss,
+    microbatches: int,
+    evaluations: Sequence[Evaluation],
 ) -> None:
     """All that can be known to fail before compiling."""
     partitioner, model = session.partitioner, session.config
@@ -65,9 +73,21 @@ def check_parts(
             raise InputError(
                 f"evaluation '{evaluation.name}' has another vocabulary than the training task"
             )
+        if evaluation.batches.task.labels != batches.task.labels:
+            raise InputError(
+                f"evaluation '{evaluation.name}' has the labels {evaluation.batches.task.labels}, "
+                f"but the training task {batches.task.labels}: their names and order must agree"
+            )
     check_streams(model, batches.task)
     check_evaluations(model, evaluations)
-    steps.check_trainable_batch(batches.batch(0, slice(0, 1)))
+    first = batches.batch(0, slice(0, 1))
+    steps.check_trainable_batch(first)
+    loss.check(first)
+    if model.pair_head is not None and loss.label_smoothing:
+        raise InputError(
+            f"Loss.label_smoothing={loss.label_smoothing} is spread over the whole vocabulary, but "
+            "ModelConfig.pair_head has two labels: set it to 0"
+        )
     _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
 
 
@@ -88,12 +108,44 @@ def check_streams(model: ModelConfig, task: Task | Mixture) -> None:
                 f"model learns {stack.positions.max_length} positions: shorten the rows, or raise "
                 "Learned.max_length (a pretrained model's is fixed)"
             )
+    for one in task.tasks:
+        check_head(model, one)
     pairs = any(getattr(one.objective, "one_a_row", False) for one in task.tasks)
     if pairs != (model.pair_head is not None):
         raise InputError(
             f"task '{task.name}' {'asks' if pairs else 'does not ask'} whether two texts follow "
             f"one another, but the model has {'no' if pairs else 'a'} ModelConfig.pair_head: "
             "NextSentencePairs goes with models/pair_head.gin, and nothing else does"
+        )
+
+
+# What an objective asks for -> the head that answers.
+_HEADS: Final = {
+    "sequence": SequenceHead,
+    "value": SequenceHead,
+    "token": TokenHead,
+    "span": TokenHead,
+}
+
+
+def check_head(model: ModelConfig, task: Task) -> None:
+    """Raises InputError unless the model's head answers what the task's objective asks for."""
+    name, head = type(task.objective).__name__, model.head
+    if not is_labelled(task.objective):
+        if not isinstance(head, LMHead):
+            raise InputError(
+                f"task '{task.name}': {name} asks for tokens, but the model has a "
+                f"{type(head).__name__}: set ModelConfig.head to an LMHead"
+            )
+        return
+    asks = task.objective.asks
+    expected, labels = _HEADS[asks], 1 if asks == "value" else len(task.labels)
+    count = head.num_labels if isinstance(head, SequenceHead | TokenHead) else None
+    if not isinstance(head, expected) or count != labels:
+        found = type(head).__name__ + ("" if count is None else f"(num_labels={count})")
+        raise InputError(
+            f"task '{task.name}': {name} asks a {expected.__name__}(num_labels={labels}), but the "
+            f"model has a {found}: set ModelConfig.head, or run_model.head of a pretrained model"
         )
 
 
@@ -105,6 +157,11 @@ def check_evaluations(model: ModelConfig, evaluations: Sequence[Evaluation]) -> 
             check_streams(model, task)
         except InputError as error:
             raise InputError(f"evaluation '{evaluation.name}': {error}") from error
+        if isinstance(evaluation, Generate) and is_labelled(task.objective):
+            raise InputError(
+                f"evaluation '{evaluation.name}' generates, but task '{task.name}' asks for "
+                "labels: use Label"
+            )
         if not isinstance(evaluation, Generate):
             continue
         if evaluation.max_tokens < 1:
@@ -145,6 +202,7 @@ def find_resumed(model_dir: str, run: runs.Run) -> runs.Run | None:
         ("model", found.model.canonical(), run.model.canonical()),
         ("transform", found.transform, run.transform),
         ("seed", found.seed, run.seed),
+        ("labels", found.labels, run.labels),
     ):
         if before != now:
             raise InputError(
@@ -153,6 +211,29 @@ def find_resumed(model_dir: str, run: runs.Run) -> runs.Run | None:
                 "Choose another train.model_dir, or remove that folder"
             )
     return found
+
+
+def pin(initial: runs.RunCheckpoint, vocabulary: Vocabulary) -> runs.RunCheckpoint:
+    """The same weights with a step. Raises InputError for another vocabulary than the task's.
+
+    The base of adapters must not move when its run goes on.
+    """
+    if not initial.is_hf:
+        check_vocabulary(runs.Run.read(initial.model_dir), vocabulary, initial.model_dir)
+        return dataclasses.replace(initial, step=find_step(initial.model_dir, initial.step))
+    if initial.step is not None:
+        raise InputError(
+            f"RunCheckpoint.step={initial.step}, but '{initial.model_dir}' is a Hugging Face "
+            "directory: it has no steps"
+        )
+    found = find_vocabulary(initial.model_dir)
+    if found.fingerprint != vocabulary.fingerprint:
+        raise InputError(
+            f"the vocabulary {vocabulary} (fingerprint {vocabulary.fingerprint[:12]}) is not that "
+            f"of the weights in '{initial.model_dir}' ({found.fingerprint[:12]}): use "
+            "@run_vocabulary() of that folder"
+        )
+    return initial
 
 
 def check_vocabulary(found: runs.Run, vocabulary: Vocabulary, where: str) -> None:

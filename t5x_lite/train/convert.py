@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from typing import Any, Final
 
 import jax
 
 from t5x_lite import trees
-from t5x_lite.data.vocabularies import SentencePieceVocabulary, Vocabulary
-from t5x_lite.interop import hf_words, load_hf, load_peft, load_t5x, save_hf, save_peft
-from t5x_lite.interop.hf_tokenizers import find_vocabulary
+from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.interop import (
+    hf_words,
+    load_hf,
+    load_peft,
+    load_t5x,
+    read_hf_config,
+    save_hf,
+    save_peft,
+)
+from t5x_lite.interop.hf_tokenizers import find_vocabulary, save_vocabulary
 from t5x_lite.interop.t5x import load_t5x_adafactor
 from t5x_lite.interop.t5x_files import find as find_t5x
 from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.config_heads import Head
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.sharding import Partitioner
@@ -117,13 +125,22 @@ def format_of(directory: str) -> str:
     return "t5x"
 
 
-def run_model(*, model_dir: str) -> ModelConfig:
-    """The model of a run's folder: `train.model = @run_model()` tunes what was converted."""
-    return runs.Run.read(model_dir).model
+def run_model(*, model_dir: str, head: Head | None = None) -> ModelConfig:
+    """The model of a run's folder or a Hugging Face directory: `train.model = @run_model()`.
+
+    With another head, where one is given: then `RunCheckpoint.restore` says that it is fresh.
+    """
+    if runs.RunCheckpoint(model_dir).is_hf:
+        model = read_hf_config(model_dir)
+    else:
+        model = runs.Run.read(model_dir).model
+    return model if head is None else dataclasses.replace(model, head=head, pair_head=None)
 
 
 def run_vocabulary(*, model_dir: str) -> Vocabulary:
-    """The vocabulary of a run's folder: `Task.vocabulary = @run_vocabulary()`."""
+    """The vocabulary of such a folder: `Task.vocabulary = @run_vocabulary()`."""
+    if runs.RunCheckpoint(model_dir).is_hf:
+        return find_vocabulary(model_dir)
     return runs.Run.read(model_dir).vocabulary
 
 
@@ -188,15 +205,11 @@ def _save_hf(
     kind = format_of(origin)
     if tokenizer is None and kind == "hf":
         tokenizer = origin
-    save_hf(output, network, params, tokenizer=tokenizer)
-    if tokenizer is None and kind == "run" and jax.process_index() == 0:
-        vocabulary = runs.Run.read(origin).vocabulary
-        path = getattr(vocabulary, "path", None)
-        if path is not None:
-            name = "tokenizer.json"
-            if isinstance(vocabulary, SentencePieceVocabulary):  # as T5 and Llama have it
-                name = "tokenizer.model" if network.config.encoder is None else "spiece.model"
-            shutil.copyfile(path, os.path.join(output, name))
+    run = runs.Run.read(origin) if kind == "run" else None
+    vocabulary, labels = (None, ()) if run is None else (run.vocabulary, run.labels)
+    save_hf(output, network, params, tokenizer=tokenizer, vocabulary=vocabulary, labels=labels)
+    if tokenizer is None and vocabulary is not None and jax.process_index() == 0:
+        save_vocabulary(output, vocabulary)
 
 
 def _run_to_peft(

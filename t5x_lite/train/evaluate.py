@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import types
+from t5x_lite.data.objectives.base import is_labelled
 from t5x_lite.data.pipeline import EvaluationBatches, iterate
+from t5x_lite.data.tasks import Task
+from t5x_lite.data.vocabularies import Vocabulary, count_bytes
 from t5x_lite.decode import prompts
 from t5x_lite.decode.generate import generate
 from t5x_lite.decode.sampling import Greedy, Strategy
+from t5x_lite.evaluation.bootstrap import with_intervals
+from t5x_lite.train.label_evaluation import Label
+from t5x_lite.train.losses import MEANS
 from t5x_lite.train.session import Session
 from t5x_lite.train.step import eval_step
 from t5x_lite.types import InputError, Params
@@ -26,7 +33,12 @@ PREDICTIONS = "predictions"
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherForced:
-    """Loss and accuracy of the next token, given the true ones before it: `<name>/loss`, ..."""
+    """How well each token is foretold, given the true ones before it: `<name>/loss`, ...
+
+    `loss` is in nats a token, `accuracy` a share of tokens, `perplexity` exp(loss). Of a decoder's
+    targets also `bits_per_byte`: all their bits over the bytes of UTF-8 of their text, so that
+    models of different vocabularies compare; what specials cost (eos, sentinels) is in it.
+    """
 
     name: str
     batches: EvaluationBatches
@@ -35,13 +47,18 @@ class TeacherForced:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """The task's metrics on decoded text; predictions are written beside the scores."""
+    """The task's metrics on decoded text; predictions are written beside the scores.
+
+    Beside each `<name>/<metric>` stand `<metric>_low` and `<metric>_high`, which hold 95% of its
+    values on resamples of the examples: see `evaluation.bootstrap`.
+    """
 
     name: str
     batches: EvaluationBatches
     max_tokens: int = 64  # the most new tokens of a prediction
     period: int = 1
     strategy: Strategy = Greedy()  # Sampling draws by the run's seed
+    resamples: int = 1000  # 0: no intervals
 
     def __post_init__(self) -> None:
         if not self.batches.task.metrics:
@@ -51,7 +68,7 @@ class Generate:
             )
 
 
-Evaluation = TeacherForced | Generate
+Evaluation = TeacherForced | Generate | Label
 
 
 class Evaluator:
@@ -87,10 +104,20 @@ class Evaluator:
                 rng=jax.random.fold_in(jax.random.key(session.seed), number),
             )
 
-        self._score = jax.jit(
-            functools.partial(eval_step, model=model, transform=transform),
-            out_shardings=replicated,
-        )
+        def score(
+            params: Params, frozen: Params, batch: types.Batch, nbytes: types.Array
+        ) -> dict[str, types.Array]:
+            sums = eval_step(params, frozen, batch, model=model, transform=transform)
+            return {**sums, "bytes": jnp.sum(nbytes)}
+
+        def label(
+            params: Params, frozen: Params, batch: types.Batch
+        ) -> tuple[types.Array, types.Array]:
+            scores = model.apply({"params": transform.apply(params, frozen)}, batch)
+            return scores.astype(jnp.float32), batch[types.MASKED_LOSS_WEIGHTS]
+
+        self._score = jax.jit(score, out_shardings=replicated)
+        self._label = jax.jit(label, out_shardings=replicated)
         # Replicated, so that every process can read every row.
         self._decode = jax.jit(decode, static_argnums=(4, 5), out_shardings=replicated)
 
@@ -115,28 +142,44 @@ class Evaluator:
                 values = self._teacher_forced(evaluation, params, frozen)
             else:
                 path = None if predictions is None else predictions.format(name=evaluation.name)
-                values = self._generate(evaluation, params, frozen, path)
+                if isinstance(evaluation, Label):
+                    values = self._labels(evaluation, params, frozen, path)
+                else:
+                    values = self._generate(evaluation, params, frozen, path)
             found |= {f"{evaluation.name}/{key}": value for key, value in values.items()}
         return found
 
-    def _batches(self, batches: EvaluationBatches) -> Iterable[dict[str, jax.Array]]:
-        partitioner = self.session.partitioner
-        rows = partitioner.local_rows(batches.batch_size)
-        for batch in iterate(batches, rows=rows):
-            yield partitioner.put_batch(batch, batches.batch_size)
+    def _batches(self, batches: EvaluationBatches) -> Iterator[dict[str, Any]]:
+        """This process's rows, and so that every process has as many batches."""
+        yield from iterate(batches, rows=self.session.partitioner.local_rows(batches.batch_size))
 
     def _teacher_forced(
         self, evaluation: TeacherForced, params: Params, frozen: Params
     ) -> dict[str, float]:
+        put, size = self.session.partitioner.put_batch, evaluation.batches.batch_size
+        vocabulary = evaluation.batches.task.vocabulary
+        sums = []
         with self.session.partitioner.activate():
-            sums = [self._score(params, frozen, b) for b in self._batches(evaluation.batches)]
+            for batch in self._batches(evaluation.batches):
+                # Rows go to devices, and so do their bytes: each is counted on one of them.
+                nbytes = put({"bytes": target_bytes(batch, vocabulary)}, size)["bytes"]
+                sums.append(self._score(params, frozen, put(batch, size), nbytes))
         # Read once, at the end: the device never waits for the host between batches.
-        total: dict[str, Any] = jax.tree.map(lambda *values: np.sum(values), *jax.device_get(sums))
+        total: dict[str, Any] = jax.tree.map(
+            lambda *values: np.sum(values, dtype=np.float64), *jax.device_get(sums)
+        )
         weight = max(float(total["weight"]), 1e-9)
-        return {
-            "loss": float(total["cross_entropy"]) / weight,
-            "accuracy": float(total["accuracy"]) / weight,
-        }
+        means = {name: float(total[name]) / weight for name in MEANS if name in total}
+        loss = means.get("cross_entropy", means.get("squared_error", 0.0))
+        found = {"loss": loss}
+        if "accuracy" in means:
+            found["accuracy"] = means["accuracy"]
+        if not is_labelled(evaluation.batches.task.objective):
+            found["perplexity"] = math.exp(min(loss, 700.0))  # beyond, no float holds it
+        if total["bytes"] > 0:
+            bits = float(total["cross_entropy"]) / math.log(2)
+            found["bits_per_byte"] = bits / float(total["bytes"])
+        return found
 
     def _generate(
         self, evaluation: Generate, params: Params, frozen: Params, path: str | None
@@ -146,7 +189,8 @@ class Evaluator:
         decoded: list[jax.Array] = []
         with self.session.partitioner.activate():
             how = evaluation.strategy, evaluation.max_tokens
-            for number, batch in enumerate(self._batches(evaluation.batches)):
+            for number, rows in enumerate(self._batches(evaluation.batches)):
+                batch = self.session.partitioner.put_batch(rows, evaluation.batches.batch_size)
                 ids = (vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id)
                 decoded.append(self._decode(params, frozen, batch, number, how, ids))
         records: list[dict[str, Any]] = []
@@ -154,15 +198,60 @@ class Evaluator:
             real = evaluation.batches.records(step)
             for record, row in zip(real, tokens[: len(real)], strict=True):
                 records.append({**record, "prediction": vocabulary.decode(row)})
-        clean = task.postprocess or (lambda text: text)
-        targets = [clean(record["targets"]) for record in records]
-        predicted = [clean(record["prediction"]) for record in records]
         if path is not None and jax.process_index() == 0:
             write_jsonl(path, records)
-        scores: dict[str, float] = {}
-        for metric in task.metrics:
+        return score_records(task, records, evaluation.resamples)
+
+    def _labels(
+        self, evaluation: Label, params: Params, frozen: Params, path: str | None
+    ) -> dict[str, float]:
+        put, size = self.session.partitioner.put_batch, evaluation.batches.batch_size
+        with self.session.partitioner.activate():
+            found = [
+                self._label(params, frozen, put(batch, size))
+                for batch in self._batches(evaluation.batches)
+            ]
+        records: list[dict[str, Any]] = []
+        for step, (scores, weights) in enumerate(jax.device_get(found)):
+            records += evaluation.answers(step, scores, weights)
+        if path is not None and jax.process_index() == 0:
+            write_jsonl(path, records)
+        return evaluation.score(records)
+
+
+def score_records(
+    task: Task, records: Sequence[Mapping[str, Any]], resamples: int = 0
+) -> dict[str, float]:
+    """The task's metrics of records with `targets` and `prediction`, with intervals if asked for.
+
+    A record's `references`, where it has them, stand in the place of its `targets`.
+    """
+    clean = task.postprocess or (lambda text: text)
+
+    def cleaned(target: Any) -> Any:
+        if isinstance(target, str):
+            return clean(target)
+        return [clean(text) for text in target] if isinstance(target, list | tuple) else target
+
+    targets = [cleaned(record.get("references", record["targets"])) for record in records]
+    predicted = [clean(record["prediction"]) for record in records]
+    scores: dict[str, float] = {}
+    for metric in task.metrics:
+        if resamples:
+            scores |= with_intervals(metric, targets, predicted, samples=resamples)
+        else:
             scores |= metric(targets, predicted)
-        return scores
+    return scores
+
+
+def target_bytes(batch: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> np.ndarray:
+    """float32 `[rows, 1]`: bytes of the text that a row asks of the decoder; 0 without one."""
+    if types.DECODER_TARGET_TOKENS not in batch:
+        return np.zeros((len(next(iter(batch.values()))), 1), np.float32)
+    pairs = zip(
+        batch[types.DECODER_TARGET_TOKENS], batch[types.DECODER_LOSS_WEIGHTS] > 0, strict=True
+    )
+    return np.array([[count_bytes(vocabulary, row[asked])] for row, asked in pairs], np.float32)
 
 
 def write_jsonl(path: str, records: Iterable[dict[str, Any]]) -> None:

@@ -188,7 +188,7 @@ def _converse(mode: modes.Mode, output: str) -> int:
             try:
                 row = _encode(mode, item, count + 1)
             except InputError as error:
-                console.print(f"error: {error}", markup=False, highlight=False)
+                console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
                 continue
             record = mode.record(item, row, asker.batch([row], [count])[0])
             count += 1

@@ -23,8 +23,9 @@ from t5x_lite.sharding import Partitioner
 from t5x_lite.train import checks, writers
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
-from t5x_lite.train.checkpoint import Checkpointer, CheckpointPolicy, find_step, versions
-from t5x_lite.train.evaluate import PREDICTIONS, Evaluation, Evaluator, Generate
+from t5x_lite.train.checkpoint import Checkpointer, CheckpointPolicy, versions
+from t5x_lite.train.evaluate import PREDICTIONS, Evaluation, Evaluator, TeacherForced
+from t5x_lite.train.losses import MEANS
 from t5x_lite.train.optim import Optimizer
 from t5x_lite.train.schedules import learning_rate_at
 from t5x_lite.train.session import Session, shardings
@@ -65,7 +66,8 @@ def train(
       optimizer: its config.
       total_steps: of this run: fine-tuning counts its own, from 0.
       transform: what is trained: `Full()`, `LoRA(...)`, `Freeze(...)`.
-      initial: an earlier run's checkpoint to start from; None: fresh weights from `seed`.
+      initial: an earlier run's checkpoint, or a Hugging Face directory, to start from, whole or in
+        part; None: fresh weights from `seed`.
       loss: what is minimised.
       microbatches: the gradient is summed over so many parts of the batch, one after the other.
       partitioner: the mesh and its rules.
@@ -92,7 +94,7 @@ def train(
         raise InputError(f"train.eval_period={eval_period}: expected at least 1, or None")
     session = Session(model, transform, partitioner, seed)
     vocabulary = batches.task.vocabulary
-    checks.check_parts(session, batches, microbatches, evaluations)
+    checks.check_parts(session, batches, loss, microbatches, evaluations)
     checks.check_best(checkpoints, evaluations, eval_period)
     transformation = session.optimizer(optimizer)
     state_shapes = session.state_shapes(transformation)
@@ -101,10 +103,7 @@ def train(
     run = dataclasses.replace(run, asking=asking_of(batches.task))
     resumed = checks.find_resumed(model_dir, run)
     if initial is not None and resumed is None:
-        checks.check_vocabulary(runs.Run.read(initial.model_dir), vocabulary, initial.model_dir)
-        initial = dataclasses.replace(
-            initial, step=find_step(initial.model_dir, initial.step)
-        )  # pinned: the base of adapters must not move when its run goes on
+        initial = checks.pin(initial, vocabulary)
     say = Console(stderr=True, soft_wrap=True, quiet=jax.process_index() != 0).print
     checkpointer = Checkpointer(model_dir, checkpoints)
     log = _writers(model_dir, total_steps)
@@ -115,7 +114,7 @@ def train(
             params, opt_state = checkpointer.restore(
                 start, state_shapes.params, state_shapes.opt_state
             )
-            run = dataclasses.replace(resumed, model=model)
+            run = dataclasses.replace(resumed, model=model, asking=run.asking)
             say(f"Resuming {model_dir} from its own checkpoint of step {start}")
             if initial is not None:
                 say(f"  (train.initial, {initial.model_dir}, was read when the run began)")
@@ -124,7 +123,7 @@ def train(
             base = (
                 session.init_base()
                 if initial is None
-                else runs.load_params(initial, model, partitioner)
+                else runs.load_params(initial, model, partitioner, seed)
             )
             params, frozen = session.split(base)
             del base
@@ -132,9 +131,9 @@ def train(
             run = dataclasses.replace(
                 run, base=initial, base_fingerprint=trees.fingerprint(frozen) if frozen else None
             )
-            origin = (
-                "fresh weights" if initial is None else f"{initial.model_dir}, step {initial.step}"
-            )
+            origin = "fresh weights" if initial is None else initial.model_dir
+            if initial is not None and initial.step is not None:
+                origin += f", step {initial.step}"
             say(f"Starting {model_dir} from {origin}")
         if jax.process_index() == 0:
             run.write(model_dir)
@@ -167,8 +166,9 @@ def train(
         def evaluate(step: int, state: steps.TrainState) -> dict[str, float]:
             count = 0 if eval_period is None else step // eval_period
             due = [e for e in evaluations if step in (0, total_steps) or count % e.period == 0]
-            # An untrained model rarely ends its output: generating from it takes longest.
-            which = [e for e in due if step > 0 or not isinstance(e, Generate)]
+            # An untrained model rarely ends its output: generating from it takes longest. What a
+            # fresh head answers says nothing.
+            which = [e for e in due if step > 0 or isinstance(e, TeacherForced)]
             path = os.path.join(model_dir, PREDICTIONS, f"{{name}}-{step}.jsonl")
             found = evaluator.run(state.params, frozen, which=which, predictions=path)
             if found:
@@ -268,8 +268,7 @@ def _per_token(values: dict[str, Any], learning_rate: Any) -> dict[str, float]:
     rate = learning_rate_at(learning_rate, step) if callable(learning_rate) else learning_rate
     return {
         "loss": float(values["loss"]) / max(float(values["denominator"]), 1e-9),
-        "cross_entropy": float(values["cross_entropy"]) / weight,
-        "accuracy": float(values["accuracy"]) / weight,
+        **{name: float(values[name]) / weight for name in MEANS if name in values},
         "gradient_norm": float(values["gradient_norm"]),
         "learning_rate": float(rate),
     }

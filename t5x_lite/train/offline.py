@@ -20,7 +20,7 @@ def evaluate_run(
     *,
     model_dir: str,
     evaluations: Sequence[Evaluation],
-    step: int | Literal["all"] | None = None,
+    step: int | Literal["all", "best"] | None = None,
     partitioner: Partitioner = Partitioner(),
 ) -> dict[int, dict[str, float]]:
     """Evaluates checkpoints of a run; scores go to `<model_dir>/eval/metrics.jsonl`.
@@ -31,7 +31,8 @@ def evaluate_run(
     Args:
       model_dir: the run's folder. Tuned runs find their base by themselves.
       evaluations: what to measure; predictions are written to `<model_dir>/eval/`.
-      step: one checkpoint, "all", or None for the latest.
+      step: one checkpoint, "all", "best" by the run's `CheckpointPolicy.best_metric`, or None for
+        the latest.
       partitioner: any mesh, whatever the run was trained on.
 
     Returns:

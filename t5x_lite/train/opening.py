@@ -16,7 +16,7 @@ from t5x_lite.data.vocabularies import (
     Vocabulary,
 )
 from t5x_lite.decode.loaded import Loaded
-from t5x_lite.interop import hf_words, load_hf, load_peft
+from t5x_lite.interop import hf_words, load_hf, load_peft, read_hf_config
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
 from t5x_lite.models import transformer
 from t5x_lite.models.config import ModelConfig
@@ -144,16 +144,18 @@ def _open_tuned(
             f"'{adapter}' is no adapter: all of its parameters were trained; name it as the model"
         )
     session = Session(run.model, run.transform, partitioner, run.seed)
+    at, restore = None, () if run.base is None else run.base.restore
     if kind == "run":
         # The checkpoint that it was tuned on, for its base may have gone on; or what there is.
         pinned = None if run.base is None else run.base.step
         at = pinned if pinned in all_steps(path) else None
         found: ModelConfig = runs.Run.read(path).model
-        _check_shapes(adapter, run.model, path, found)
-        base = runs.load_params(runs.RunCheckpoint(path, at), run.model, partitioner)
     else:
-        model, base = load_hf(path, partitioner=partitioner, param_dtype=run.model.param_dtype)
-        _check_shapes(adapter, run.model, path, model.config)
+        found = read_hf_config(path)
+    if not restore:
+        _check_shapes(adapter, run.model, path, found)
+    source = runs.RunCheckpoint(path, at, restore)
+    base = runs.load_params(source, run.model, partitioner, run.seed)
     frozen = session.split(base)[1]
     if trees.fingerprint(frozen) != run.base_fingerprint:
         raise InputError(
@@ -166,6 +168,8 @@ def _open_tuned(
 
 
 def _check_shapes(adapter: str, wanted: ModelConfig, path: str, found: ModelConfig) -> None:
+    if wanted.canonical() == found.canonical():
+        return
     ours, theirs = (
         {name: leaf.shape for name, leaf in trees.flatten(_structs(config)).items()}
         for config in (wanted, found)

@@ -38,7 +38,7 @@ def plot_curves(
     curves = {label: read_curves(path, metric) for label, path in runs.items()}
     if not curves:
         raise InputError("plot_curves got no runs: expected at least one label and metrics.jsonl")
-    figure = _new_figure()
+    figure = new_figure()
     axes = figure.subplots()
     for index, (label, series) in enumerate(curves.items()):
         color = f"C{index % 10}"
@@ -81,7 +81,7 @@ def read_curves(path: str | os.PathLike[str], metric: str = "loss") -> dict[str,
     return curves
 
 
-def _new_figure() -> Any:
+def new_figure() -> Any:
     """A figure without pyplot: no global state, no window, whatever the display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from absl import logging
 
@@ -26,12 +27,14 @@ from t5x_lite.data.vocabularies import (
     Vocabulary,
 )
 from t5x_lite.decode.asking import Asking
+from t5x_lite.interop.hf import load_hf
 from t5x_lite.models import config_heads, config_positions
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Freeze, Full, Transform
 from t5x_lite.records import from_record, to_record
 from t5x_lite.sharding import Partitioner
+from t5x_lite.train import initial
 from t5x_lite.train.checkpoint import Checkpointer, find_step
 from t5x_lite.train.session import Session
 from t5x_lite.types import InputError, Params
@@ -54,10 +57,24 @@ _CLASSES = (
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """A checkpoint of a run to start from: its folder, and a step (None: the latest)."""
+    """Weights to start from: a run's folder, and a step (None: the latest).
+
+    Or a Hugging Face directory, which has no steps. Where the new model is another, `restore` says
+    which of its parameters are found where: see `initial`.
+    """
 
     model_dir: str
-    step: int | None = None
+    step: int | Literal["best"] | None = None  # "best": by its CheckpointPolicy.best_metric
+    restore: tuple[initial.Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "restore", tuple((ours, its) for ours, its in self.restore))
+
+    @property
+    def is_hf(self) -> bool:
+        """Whether the folder is Hugging Face's, and no run's."""
+        held = set(os.listdir(self.model_dir)) if os.path.isdir(self.model_dir) else set()
+        return "config.json" in held and FILE not in held
 
 
 @dataclass(frozen=True)
@@ -134,15 +151,28 @@ class Run:
             ) from error
 
 
-def load_params(source: RunCheckpoint, config: ModelConfig, partitioner: Partitioner) -> Params:
-    """A run's parameters, merged, in the shapes and shardings of `config`'s base model.
+def load_params(
+    source: RunCheckpoint, config: ModelConfig, partitioner: Partitioner, seed: int = 0
+) -> Params:
+    """A model's parameters, merged, in the shapes and shardings of `config`'s base model.
 
-    `config` may differ from the run's in what parameters do not depend on (dropout, dtype, remat).
-    Raises InputError where shapes differ, where there is no checkpoint, or where a tuned run's base
-    is no longer what it was tuned on.
+    `config` may differ from the run's in what parameters do not depend on (dropout, dtype, remat),
+    and in what `source.restore` tells; fresh ones are drawn from `seed`. Raises InputError where
+    shapes differ, where there is no checkpoint, or where a tuned run's base is no longer what it
+    was tuned on.
     """
-    session, trainable, frozen = load(source, partitioner, config)
-    return session.transform.merge(trainable, frozen)
+    if source.is_hf:
+        found = load_hf(source.model_dir, partitioner=partitioner, param_dtype=config.param_dtype)[
+            1
+        ]
+    else:
+        own = None if source.restore else config
+        session, trainable, frozen = load(source, partitioner, own)
+        found = session.transform.merge(trainable, frozen)
+        if not source.restore:
+            return found
+    target = Session(config, partitioner=partitioner, seed=seed)
+    return initial.fill(target, found, source.restore, source.model_dir)
 
 
 def load(
@@ -179,7 +209,7 @@ def load_frozen(run: Run, session: Session) -> Params:
     if run.base is None:
         base = session.init_base()
     else:
-        base = load_params(run.base, session.config, session.partitioner)
+        base = load_params(run.base, session.config, session.partitioner, run.seed)
     frozen = session.split(base)[1]
     found = trees.fingerprint(frozen)
     if run.base_fingerprint != found:

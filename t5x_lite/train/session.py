@@ -7,6 +7,7 @@ from a jitted initialiser or a restore that is told where each shard goes.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,17 @@ class Session:
         """Fresh base parameters, each shard made on its device."""
         init = functools.partial(transformer.init, self.model)
         return jax.jit(init, out_shardings=shardings(self.base_shapes))(self._key(0))
+
+    def init_some(self, paths: Sequence[str]) -> dict[str, jax.Array]:
+        """Those of `init_base`'s parameters by path, without making the others."""
+        shapes = trees.flatten(self.base_shapes)
+
+        def init(key: jax.Array) -> dict[str, jax.Array]:
+            drawn = trees.flatten(transformer.init(self.model, key))
+            return {path: drawn[path] for path in paths}
+
+        out = {path: shapes[path].sharding for path in paths}
+        return jax.jit(init, out_shardings=out)(self._key(0))
 
     def split(self, base: Params) -> tuple[Params, Params]:
         """`(trainable, frozen)`; the frozen arrays are the base's own, not copies."""

@@ -12,7 +12,13 @@ import optax
 from t5x_lite import types
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.peft.transform import Transform
-from t5x_lite.train.losses import Normalisation, by_real_tokens, cross_entropy
+from t5x_lite.train.losses import (
+    Normalisation,
+    by_real_tokens,
+    cross_entropy,
+    span_cross_entropy,
+    squared_error,
+)
 from t5x_lite.types import Array, Batch, InputError, Params
 
 Sums = dict[str, Array]
@@ -29,24 +35,43 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Loss:
-    """What is minimised: token cross entropy, its regularisers, and what it is divided by."""
+    """What is minimised, its regularisers, and what it is divided by.
+
+    The batch says what it asks for: tokens or labels (cross entropy), numbers (squared error), or
+    spans (cross entropy over the places of an example). Regularisers are for tokens and labels.
+    """
 
     z_loss: float = 0.0  # factor of (log Z)^2; T5X pretrains with 1e-4
     label_smoothing: float = 0.0
     normalisation: Normalisation = by_real_tokens
 
     def __call__(self, logits: Array, batch: Batch) -> Sums:
-        """Sums over the batch: those of `losses.cross_entropy`, `denominator` and `tokens`.
+        """Sums over the batch: those of the function in `losses`, `denominator` and `tokens`.
 
         `denominator` divides the loss that is minimised, `weight` the metrics; `tokens` counts
         what was processed, without padding.
         """
         targets, weights, segments = asked(batch)
+        if types.MASKED_TARGET_SPANS in batch:
+            sums = span_cross_entropy(logits, targets, weights, segments)
+            return {**sums, "denominator": sums["weight"], "tokens": count_tokens(batch)}
         used, denominator = self.normalisation(weights, segments)
-        sums = cross_entropy(
-            logits, targets, used, z_loss=self.z_loss, label_smoothing=self.label_smoothing
-        )
+        if types.MASKED_TARGET_VALUES in batch:
+            sums = squared_error(logits, targets, used)
+        else:
+            sums = cross_entropy(
+                logits, targets, used, z_loss=self.z_loss, label_smoothing=self.label_smoothing
+            )
         return {**sums, "denominator": denominator, "tokens": count_tokens(batch)}
+
+    def check(self, batch: Batch) -> None:
+        """Raises InputError for regularisers of a batch that asks for no tokens or labels."""
+        for key in (types.MASKED_TARGET_VALUES, types.MASKED_TARGET_SPANS):
+            if key in batch and (self.z_loss or self.label_smoothing):
+                raise InputError(
+                    f"Loss(z_loss={self.z_loss}, label_smoothing={self.label_smoothing}) is for "
+                    f"tokens and labels, but the task asks for '{key}': set both to 0"
+                )
 
 
 def asked(batch: Batch) -> tuple[Array, Array, Array | None]:
@@ -54,7 +79,8 @@ def asked(batch: Batch) -> tuple[Array, Array, Array | None]:
 
     At the masked slots where the batch has them, at the decoder's tokens otherwise.
     """
-    if types.MASKED_TARGET_TOKENS not in batch:
+    key = slot_targets(batch)
+    if key is None:
         segments = batch.get(types.DECODER_SEGMENT_IDS)
         return batch[types.DECODER_TARGET_TOKENS], batch[types.DECODER_LOSS_WEIGHTS], segments
     segments = batch.get(types.ENCODER_SEGMENT_IDS)
@@ -63,7 +89,12 @@ def asked(batch: Batch) -> tuple[Array, Array, Array | None]:
         # Numbered by their first slots, for a row may have more segments than slots.
         alike = segments[:, :, None] == segments[:, None, :]
         segments = (jnp.argmax(alike, axis=2).astype(jnp.int32) + 1) * (segments > 0)
-    return batch[types.MASKED_TARGET_TOKENS], batch[types.MASKED_LOSS_WEIGHTS], segments
+    return batch[key], batch[types.MASKED_LOSS_WEIGHTS], segments
+
+
+def slot_targets(batch: Batch) -> str | None:
+    """The key of what the batch's slots are asked for; None: it has none."""
+    return next((key for key in types.SLOT_TARGETS if key in batch), None)
 
 
 def count_tokens(batch: Batch) -> Array:
@@ -150,14 +181,14 @@ def train_step(
 def eval_step(
     params: Params, frozen: Params, batch: Batch, *, model: Transformer, transform: Transform
 ) -> Sums:
-    """Teacher-forced sums on one batch: cross entropy and accuracy, without regularisers."""
+    """Teacher-forced sums on one batch, as `Loss` makes them without regularisers."""
     logits = model.apply({"params": transform.apply(params, frozen)}, batch)
     return Loss()(logits, batch)
 
 
 def check_trainable_batch(batch: Batch) -> None:
     """Raises InputError unless a batch has what a loss needs."""
-    if types.MASKED_TARGET_TOKENS not in batch and types.DECODER_TARGET_TOKENS not in batch:
+    if slot_targets(batch) is None and types.DECODER_TARGET_TOKENS not in batch:
         raise InputError(
             f"training needs batch['{types.DECODER_TARGET_TOKENS}'] or "
             f"batch['{types.MASKED_TARGET_TOKENS}'], but the task's layout makes "

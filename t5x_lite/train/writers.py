@@ -230,8 +230,7 @@ class ConsoleWriter:
         elif any(key.split("/")[-1] == "loss" for key in training):
             self._print_line(step, text)
         if evaluation:
-            values = "  ".join(f"{key} {float(value):.4g}" for key, value in evaluation.items())
-            self._print(f"step {step}  {values}")
+            self._print(f"step {step}  {'  '.join(_with_intervals(evaluation))}")
 
     def truncate_after(self, step: int) -> None:
         del step  # what was printed was printed
@@ -269,11 +268,23 @@ class ConsoleWriter:
         self._console.print(line, markup=False, highlight=False)
 
 
+ENDS = ("low", "high")  # suffixes of an interval's limits
 _SHOWN = {"loss": "loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
 
 
 def _is_evaluation(key: str) -> bool:
     return "/" in key and not key.startswith(("train/", "timing/"))
+
+
+def _with_intervals(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """`x/bleu 21.3 (19.9 to 22.8)` of `x/bleu`, `x/bleu_low` and `x/bleu_high`."""
+    for key, value in metrics.items():
+        names = [f"{key}_{end}" for end in ENDS]
+        if all(name in metrics for name in names):
+            limits = " to ".join(f"{float(metrics[name]):.4g}" for name in names)
+            yield f"{key} {float(value):.4g} ({limits})"
+        elif not any(key.endswith(f"_{end}") and key[: -len(end) - 1] in metrics for end in ENDS):
+            yield f"{key} {float(value):.4g}"
 
 
 def _duration(seconds: float) -> str:

@@ -14,8 +14,9 @@ import zipfile
 import pytest
 
 from t5x_lite.data.builders import bible, bible_verses
-from t5x_lite.data.builders.bible import prepare, split_of
+from t5x_lite.data.builders.bible import split_of
 from t5x_lite.data.builders.bible_verses import BOOKS, VERSIONS, clean, fetch, read_verses
+from t5x_lite.data.builders.catalog import prepare
 from t5x_lite.data.sources import TfdsSource, texts
 from t5x_lite.types import InputError
 

@@ -15,6 +15,7 @@ from t5x_lite.data.vocabularies import (
     ByteVocabulary,
     SentencePieceVocabulary,
     Vocabulary,
+    count_bytes,
     sample,
     train_sentencepiece,
 )
@@ -42,6 +43,17 @@ def test_ids_are_t5s(vocabulary):
     assert vocabulary.piece(1) == "</s>"
     assert isinstance(vocabulary, Vocabulary)
     assert isinstance(ByteVocabulary(), Vocabulary)
+
+
+def test_bytes_are_those_of_the_text_between_specials(vocabulary):
+    for one in (vocabulary, ByteVocabulary()):
+        first, second = one.encode("the river"), one.encode("a sea")
+        eos, sentinel = [one.eos_id], [one.sentinel_id(0)]
+        assert count_bytes(one, first) == len("the river")
+        ids = np.concatenate([sentinel, first, eos, eos, second, sentinel, eos])
+        assert count_bytes(one, ids) == len("the river") + len("a sea")
+        assert count_bytes(one, eos) == count_bytes(one, []) == 0
+    assert count_bytes(ByteVocabulary(), ByteVocabulary().encode("é€")) == 5
 
 
 @settings(max_examples=50, deadline=None)

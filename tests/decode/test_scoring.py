@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 
 from t5x_lite import types
+from t5x_lite.data.layouts import as_decoder, as_prefix_lm
+from t5x_lite.data.objectives import TextToText
 from t5x_lite.data.vocabularies import ByteVocabulary
 from t5x_lite.decode import scoring
+from t5x_lite.decode.asking import Asking
 from t5x_lite.decode.choices import choices, score_choices
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.scoring import Item
-from t5x_lite.models.config_heads import LMHead
 from t5x_lite.sharding import Partitioner
 from t5x_lite.types import InputError
 from tests import common
 
 BYTES = ByteVocabulary()
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 PAIRS = [
     ("a red ", "fox"),
     ("the longer one", " goes on so"),
@@ -73,7 +76,7 @@ def reference(name: str, item: Item) -> tuple[float, bool]:
     return float(np.sum(shares[places, item.continuation])), bool(best.all())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bart"])
+@pytest.mark.parametrize("name", ["gpt2", slow("bart")])
 def test_scores_are_sums_of_the_models_log_probabilities(name):
     """Whatever else is in the batch, in buckets of lengths, in the order of the pairs."""
     of = loaded(name)
@@ -93,7 +96,7 @@ def test_batches_that_are_not_full_change_nothing():
         np.testing.assert_allclose(score.logprob, again.logprob, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5_1_0"])
+@pytest.mark.parametrize("name", ["llama", *map(slow, ("gpt2", "t5_1_0"))])
 def test_one_cache_scores_every_choice_as_rows_of_their_own(name):
     """Unequal prompts, and unequal numbers of choices of unequal lengths."""
     of = loaded(name)
@@ -117,16 +120,33 @@ def test_the_prompt_is_read_once(monkeypatch):
     prompts = {types.DECODER_INPUT_TOKENS: np.ones((2, 7), np.int32)}
     targets = np.ones((2, 5, 3), np.int32)
     seen = []
-    decode = type(of.model)._decode
-    monkeypatch.setattr(
-        type(of.model),
-        "_decode",
-        lambda self, tokens, *rest: seen.append(tokens.shape) or decode(self, tokens, *rest),
-    )
+    embed = type(of.model)._embed
+
+    def watched(self, tokens):
+        seen.append(tokens.shape)
+        return embed(self, tokens)
+
+    monkeypatch.setattr(type(of.model), "_embed", watched)
     jax.eval_shape(
         functools.partial(score_choices, of.model), of.params, prompts, targets, targets > 0
     )
     assert set(seen) == {(2, 7), (2, 2)}  # the last token of a choice predicts nothing
+
+
+@pytest.mark.parametrize(
+    ("prompt", "layout"), [slow("wrapped", as_decoder), ("prefix", as_prefix_lm)]
+)
+def test_a_decoder_that_answers_is_scored_as_its_layout_trains_it(prompt, layout):
+    of = dataclasses.replace(loaded("gpt2"), asking=Asking(prompt=prompt))
+    made = TextToText(BYTES)(BYTES.encode("a red "), BYTES.encode("fox"))
+    batch = {key: value[None] for key, value in layout(made, {"decoder": 32}).items()}
+    score_rows = jax.jit(functools.partial(scoring.score_rows, of.model))
+    logprob, tokens, greedy = score_rows(of.params, batch)
+    expected = pytest.approx(float(logprob[0]), rel=1e-5)
+    (score,) = scoring.loglikelihood(of, [("a red ", "fox")], batch_size=8)
+    ((choice, _),) = choices(of, [("a red ", ["fox", "dog"])], batch_size=8)
+    for found in (score, choice):
+        assert found == scoring.Score(expected, int(tokens[0]), bool(greedy[0]))
 
 
 def test_greedy_is_what_argmax_would_write():
@@ -187,12 +207,12 @@ def test_what_cannot_be_scored_is_said_before_compiling():
         scoring.loglikelihood(of, [("a" * 40, "bcd")], batch_size=8)
     with pytest.raises(InputError, match="no choices"):
         choices(of, [("a", [])])
+    both = dataclasses.replace(of, model=type(of.model)(common.T5))
     with pytest.raises(InputError, match="decoder alone"):
-        scoring.rolling_loglikelihood(loaded("t5_1_0"), ["a"], length=8)
+        scoring.rolling_loglikelihood(both, ["a"], length=8)
     with pytest.raises(InputError, match="overlap=9"):
         scoring.windows(np.arange(3), 0, 8, 9)
     bert = dataclasses.replace(common.BERT, vocab_size=BYTES.size)
     model = dataclasses.replace(of, model=type(of.model)(bert))
     with pytest.raises(InputError, match="encoder alone"):
         scoring.loglikelihood(model, [], batch_size=8)
-    assert isinstance(bert.head, LMHead)

@@ -8,7 +8,14 @@ import pytest
 
 from t5x_lite.evaluation.bootstrap import bootstrap
 from t5x_lite.evaluation.metrics import bleu, chrf, exact_match
-from t5x_lite.evaluation.text_metrics import normalize_answer, rouge, several_answers, squad
+from t5x_lite.evaluation.text_metrics import (
+    entity_f1,
+    normalize_answer,
+    referents,
+    rouge,
+    several_answers,
+    squad,
+)
 from t5x_lite.types import InputError
 
 
@@ -71,3 +78,31 @@ def test_missing_rouge_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(InputError, match=r"package rouge-score: pip install t5x_lite\[eval\]"):
         rouge(["a"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("referent", "label", "prediction", "right"),
+    [
+        ("The city councilmen", 1, "the councilmen", True),
+        ("The city councilmen", 1, "the demonstrators", False),
+        ("The demonstrators", 0, "the city councilmen", True),
+        ("The demonstrators", 0, "demonstrators", False),
+        ("Bob", 0, "Bob's mother", True),
+        ("Bob", 1, "", False),
+        ("Bob", 1, "the", False),
+    ],
+)
+def test_a_mention_is_named_by_its_words(referent, label, prediction, right):
+    target = {"referent": referent, "label": label}
+    assert referents([target], [prediction]) == {"accuracy": 100.0 * right}
+
+
+def test_entities_count_with_their_type_and_their_number():
+    targets = ["ORG: EU; PER: Ann Lee; PER: Ann Lee", "none"]
+    found = entity_f1(targets, ["PER: Ann Lee; LOC: EU;", "no colon here"])
+    assert found == {
+        "precision": pytest.approx(50),
+        "recall": pytest.approx(100 / 3),
+        "f1": pytest.approx(40),
+    }
+    assert entity_f1(["none"], ["none"])["f1"] == 0.0

@@ -329,6 +329,9 @@ def test_a_class_that_is_not_known_is_named(tmp_path):
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "lacks the setting 'factor'"),
+        ("gpt2", {"n_head": 0}, "a setting that makes no gpt2: "),
+        ("gpt2", {"n_embd": "x"}, "a setting that makes no gpt2: "),
+        ("roberta", {"pad_token_id": None}, "a setting that makes no roberta: "),
     ],
 )
 def test_settings_that_are_not_computed_are_refused(tmp_path, name, settings, expected):

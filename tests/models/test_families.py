@@ -16,7 +16,15 @@ from t5x_lite import trees, types
 from t5x_lite.models import heads, transformer
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import EmbeddingHead, LMHead, SequenceHead, TokenHead
-from t5x_lite.models.config_positions import Learned, Rotary, Sinusoidal
+from t5x_lite.models.config_positions import (
+    DynamicScaling,
+    Learned,
+    LinearScaling,
+    Llama3Scaling,
+    Rotary,
+    Sinusoidal,
+    YarnScaling,
+)
 from tests import common
 
 every_family = pytest.mark.parametrize("family", list(common.FAMILIES))
@@ -238,6 +246,16 @@ def test_sinusoids_move_tokens_and_rows_may_be_of_any_length():
     assert "position_embedding" not in params["encoder"]
 
 
+def test_dynamic_positions_do_not_depend_on_what_a_text_is_packed_with():
+    rotary = Rotary(scaling=DynamicScaling(factor=4.0, original_length=8))
+    config = common.with_stacks(common.FAMILIES["llama"], positions=rotary)
+    model, params = common.build(config)
+    batches = segments_alone(config, ((0, 6), (0, 20), (0, 9)))
+    packed = apply(model, params, pack(batches))
+    alone = np.concatenate([apply(model, params, batch) for batch in batches], axis=1)
+    np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_longer_than_the_learned_positions_is_an_error():
     config = common.FAMILIES["gpt2"]
     model, params = common.build(config)
@@ -293,6 +311,14 @@ def test_a_bad_stack_says_what_was_expected(fields, message):
         (lambda: SequenceHead(num_labels=0), "num_labels=0"),
         (lambda: EmbeddingHead(pooling="max"), "pooling='max'"),
         (lambda: Learned(max_length=0), "max_length=0"),
+        (lambda: Rotary(base=1.0), "Rotary.base=1.0: expected above 1"),
+        (lambda: LinearScaling(factor=0.0), "factor=0.0.*expected a factor above 0"),
+        (lambda: DynamicScaling(factor=2.0, original_length=0), "an original_length of at least 1"),
+        (lambda: Llama3Scaling(low_frequency_factor=4.0), "low_frequency_factor=4.0 and"),
+        (
+            lambda: YarnScaling(factor=2.0, original_length=8, beta_slow=32.0),
+            "beta_slow=32.0 and beta_fast=32.0",
+        ),
         (
             lambda: dataclasses.replace(common.T5, pair_head=SequenceHead(num_labels=2)),
             "an encoder alone",

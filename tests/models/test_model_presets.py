@@ -7,6 +7,8 @@ as Hugging Face's `*ForMaskedLM` (110,106,428: `BertForPreTraining`).
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -15,8 +17,9 @@ import jax
 import pytest
 
 from t5x_lite import configure, trees
-from t5x_lite.models import transformer
-from t5x_lite.models.config import ModelConfig
+from t5x_lite.models import config_positions, transformer
+from t5x_lite.models.config import ModelConfig, StackConfig
+from t5x_lite.models.config_heads import LMHead
 
 FOLDER = Path(__file__).resolve().parents[2] / "gin_configs" / "models"
 PUBLISHED = {
@@ -83,7 +86,9 @@ def test_the_number_of_parameters_is_the_published_one(names):
 
 
 def test_no_preset_is_left_out():
-    known = {name for names in (*PUBLISHED, *TINY, "t5_1_1_tiny") for name in names.split()}
+    known = {
+        name for names in (*PUBLISHED, *TINY, "t5_1_1_tiny", "defaults") for name in names.split()
+    }
     assert {path.stem for path in FOLDER.glob("*.gin")} == known
 
 
@@ -95,3 +100,37 @@ def test_no_module_of_models_knows_a_family_by_its_name():
         code = re.sub(r'""".*?"""|#[^\n]*', "", text, flags=re.S)
         found = re.findall(families, code, re.I)
         assert not found, (path.name, found)
+
+
+def test_the_defaults_are_those_of_the_classes():
+    """And all of them: a field that defaults.gin forgot would leak from one model into another."""
+    bound = {}
+    for line in (FOLDER / "defaults.gin").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            name, value = line.split(" = ")
+            bound[name] = value
+    kinds = (ModelConfig, StackConfig, LMHead, *config_positions.CLASSES[:4])
+    how = {"dtype", "param_dtype", "remat", "unroll"}
+    expected = {
+        f"{kind.__name__}.{field.name}": field.default
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING and field.name not in how
+    }
+    expected.pop("Sinusoidal.max_period")  # of no published model here
+    assert bound.keys() == expected.keys()
+    for name, value in bound.items():
+        if value.startswith("@"):
+            assert repr(expected[name]).startswith(value[1:-2]), name
+        else:
+            assert ast.literal_eval(value) == expected[name], name
+
+
+ROOTS = ("bart_base", "bert_base pair_head", "roberta_base", "gpt2", "llama_1b", "t5_small")
+
+
+@pytest.mark.parametrize("names", [*ROOTS, "t5_1_1_small", "llama_7b", "bart_large"])
+def test_a_model_behind_any_other_is_itself(names):
+    alone = read(names)
+    for before in ROOTS:
+        assert read(f"{before} {names}") == alone, before

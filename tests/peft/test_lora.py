@@ -28,6 +28,7 @@ EVERYTHING = LoRA(
         ".*/(wi_0|wi_1)/kernel",
         "token_embedding/embedding",
         "lm_head/kernel",
+        ".*/relative_bias/embedding",
     ),
 )
 TIED = dataclasses.replace(common.BERT, encoder=dataclasses.replace(common.STACK, unroll=2))
@@ -124,7 +125,7 @@ def test_every_target_has_one_pair_of_its_own_shape():
     assert flat[kernel.format("decoder", "cross_attention/out", "b")].shape == (2, 4, 32)
     assert flat["token_embedding/embedding/a"].shape == (96, 4)
     assert flat["lm_head/kernel/b"].shape == (4, 96)
-    targets = 3 * 3 + 2 * 2 + 2  # three attentions, two MLPs, embedding and head
+    targets = 3 * 3 + 2 * 2 + 4  # three attentions, two MLPs, embedding and head, two biases
     assert len(flat) == 2 * targets
     axes = EVERYTHING.split_names(names)[0]
     flat_axes = trees.flatten(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
@@ -210,7 +211,11 @@ def test_freezing_trains_what_it_names_and_keeps_the_rest():
         ),
         (
             lambda: Session(common.T5, LoRA(targets=(".*_norm/scale",))).split_shapes,
-            "is a vector .* LoRA needs a matrix",
+            "is not a matrix",
+        ),
+        (
+            lambda: Session(common.FAMILIES["bert"], LoRA(targets=(".*/query/bias",))).split_shapes,
+            "'encoder/layers/self_attention/query/bias' .* is not a matrix",
         ),
         (lambda: LoRA(targets=("(",)).split_names({"a": ("embed",)}), "not a regular expression"),
         (lambda: Freeze(trainable=()).split_names({"a": ("embed",)}), "trainable is empty"),

@@ -49,6 +49,10 @@ held_out/TeacherForced.name = 'held_out'
 held_out/TeacherForced.batches = @held_out/EvaluationBatches()
 held_out/EvaluationBatches.task = %%TASK
 held_out/EvaluationBatches.limit = 10
+train.eval_period = 2
+train.checkpoints = @CheckpointPolicy()
+CheckpointPolicy.period = 2
+CheckpointPolicy.best_metric = 'held_out/accuracy'
 evaluate_run.model_dir = '%(folder)s/run'
 evaluate_run.evaluations = [@held_out/TeacherForced()]
 inspect_data.batches = @train/Batches()
@@ -110,7 +114,7 @@ def test_the_programs_work_together(folder):
     assert "held_out/loss" in done.stderr
     assert str(folder / "run") in done.stderr  # says where its output is
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [0, 4, 4]
+    assert [record["step"] for record in records] == [0, 2, 4, 4]
 
     # The saved config alone launches the same run again, elsewhere.
     again = folder / "again"
@@ -125,9 +129,12 @@ def test_the_programs_work_together(folder):
     assert "encoder/layers/self_attention/query/kernel" in table
     assert "(1, 32, 2, 8)" in table
 
-    evaluated = run("eval", gin, check=0)
+    evaluated = run("eval", gin, "--step=best", check=0)
     scores = json.loads((folder / "run/eval/metrics.jsonl").read_text().splitlines()[-1])
-    assert scores["held_out/loss"] == pytest.approx(records[-1]["held_out/loss"], rel=1e-5)
+    measured = {r["step"]: r for r in records if r["step"] and "held_out/loss" in r}
+    best = min(measured, key=lambda step: measured[step]["held_out/accuracy"])  # mode: "min"
+    assert scores["step"] == best
+    assert scores["held_out/loss"] == pytest.approx(measured[best]["held_out/loss"], rel=1e-5)
     assert "eval" in evaluated.stdout
 
     out = folder / "predictions.jsonl"

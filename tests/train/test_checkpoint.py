@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 
 import jax
@@ -159,6 +160,18 @@ def test_the_best_stay(tmp_path, mode, kept):
     metrics = {1: 5.0, 2: 1.0, 3: 4.0, 4: 2.0}
     metrics = {step: {"held/loss": value, "other": -value} for step, value in metrics.items()}
     assert save(tmp_path, range(1, 5), policy, metrics) == kept
+
+
+def test_the_best_is_found_by_the_policys_metric(tmp_path):
+    values = {1: 5.0, 2: 1.0, 3: 4.0, 4: math.nan}
+    for mode, best in (("min", 2), ("max", 1)):
+        policy = CheckpointPolicy(keep=None, best_metric="held/loss", best_mode=mode)
+        metrics = {step: {"held/loss": value} for step, value in values.items()}
+        save(tmp_path / mode, values, policy, metrics)
+        assert find_step(str(tmp_path / mode), "best") == best
+    save(tmp_path / "none", [1, 2])
+    with pytest.raises(InputError, match=r"with CheckpointPolicy\.best_metric, or .* \[1, 2\]"):
+        find_step(str(tmp_path / "none"), "best")
 
 
 def test_the_best_must_have_been_measured(tmp_path):

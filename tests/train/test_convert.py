@@ -13,8 +13,16 @@ import pytest
 import safetensors.numpy
 
 from t5x_lite import trees
-from t5x_lite.data.vocabularies import ByteVocabulary, train_byte_level, train_sentencepiece
-from t5x_lite.interop import load_hf
+from t5x_lite.data.vocabularies import (
+    ByteVocabulary,
+    train_byte_level,
+    train_sentencepiece,
+    train_wordpiece,
+)
+from t5x_lite.interop import load_hf, save_hf
+from t5x_lite.interop.hf_tokenizers import find_vocabulary
+from t5x_lite.models.config_positions import Learned
+from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import run as runs
 from t5x_lite.train.checkpoint import Checkpointer, find_step
@@ -22,7 +30,7 @@ from t5x_lite.train.convert import convert, run_model, run_vocabulary
 from t5x_lite.train.optim import Adafactor, AdamW
 from t5x_lite.train.session import Session
 from t5x_lite.types import InputError
-from tests.common import T5, build
+from tests.common import FAMILIES, T5, build, with_stacks
 from tests.interop.t5x_writer import adafactor_tree, t5x_tree, write_native
 
 PEFT = Path(__file__).resolve().parents[1] / "fixtures" / "peft"
@@ -69,9 +77,8 @@ def test_t5x_to_a_run_to_transformers_and_back(tmp_path, t5x):
 
 
 def test_a_sentencepiece_file_goes_along(tmp_path, t5x):
-    texts = [f"the river {i} and the bread of day {i * 7}" for i in range(300)]
     spiece = tmp_path / "trained.model"
-    vocabulary = train_sentencepiece(texts, spiece, vocab_size=298)
+    vocabulary = train_sentencepiece(TEXTS, spiece, vocab_size=298)
     convert(source=t5x[0], output=str(tmp_path / "run"), to="run", vocabulary=vocabulary)
     convert(source=str(tmp_path / "run"), output=str(tmp_path / "hf"), to="hf")
     assert (tmp_path / "hf/spiece.model").read_bytes() == spiece.read_bytes()
@@ -94,6 +101,66 @@ def test_a_tokenizers_file_goes_along(tmp_path, t5x):
     assert first.vocabulary_fingerprint == last.vocabulary_fingerprint
     for name in ("pad_id", "eos_id", "bos_id", "mask_id", "start_id"):
         assert getattr(first.vocabulary, name) == getattr(last.vocabulary, name), name
+
+
+TEXTS = [f"the river {i} and the bread of day {i * 7}" for i in range(300)]
+VOCABULARIES = {  # for a family: what it is trained with here, unlike what it was published with
+    "bert": lambda path: train_wordpiece(TEXTS, path, vocab_size=120),
+    "gpt2": lambda path: train_byte_level(TEXTS, path, vocab_size=290),
+    "llama": lambda path: train_sentencepiece(TEXTS, path, vocab_size=298),
+    "t5_1_0": lambda path: ByteVocabulary(extra_ids=7),
+    "bart": lambda path: train_byte_level(
+        TEXTS, path, vocab_size=290, special_tokens=["<pad>", "<mask>", "</s>", "<s>", "<unk>"]
+    ),
+}
+
+
+@pytest.mark.parametrize("family", VOCABULARIES)
+def test_special_tokens_are_the_vocabularys_own(family, tmp_path):
+    vocabulary = VOCABULARIES[family](tmp_path / "trained")
+    config = dataclasses.replace(FAMILIES[family], vocab_size=416)
+    if family == "bert":
+        config = with_stacks(config, positions=Learned(max_length=32))
+    run = runs.Run(config, Full(), vocabulary, vocabulary.fingerprint)
+    session = Session(config)
+    checkpointer = Checkpointer(str(tmp_path / "run"))
+    checkpointer.save(0, session.init_base(), {}, {})
+    checkpointer.wait()
+    checkpointer.close()
+    run.write(str(tmp_path / "run"))
+    convert(source=str(tmp_path / "run"), output=str(tmp_path / "hf"), to="hf")
+    settings = json.loads((tmp_path / "hf/config.json").read_text())
+    assert settings["eos_token_id"] == vocabulary.eos_id
+    assert settings["pad_token_id"] == vocabulary.pad_id
+    if config.decoder is not None:
+        key = "bos_token_id" if config.encoder is None else "decoder_start_token_id"
+        assert settings[key] == vocabulary.start_id
+    found = find_vocabulary(str(tmp_path / "hf"))
+    assert found.fingerprint == vocabulary.fingerprint
+    for name in ("pad_id", "eos_id", "bos_id", "mask_id", "start_id", "num_sentinels"):
+        assert getattr(found, name) == getattr(vocabulary, name), name
+
+
+def test_a_padding_token_that_moves_positions_is_refused(tmp_path):
+    """Hugging Face's RoBERTa counts positions from its padding token's number on."""
+    vocabulary = train_byte_level(
+        TEXTS, tmp_path / "t.json", vocab_size=290, special_tokens=["<pad>", "<s>", "</s>"]
+    )
+    roberta = dataclasses.replace(
+        FAMILIES["bart"], decoder=None, vocab_size=416, head=FAMILIES["bert"].head
+    )
+    roberta = dataclasses.replace(
+        roberta, encoder=dataclasses.replace(roberta.encoder, num_token_types=1)
+    )
+    model, params = build(roberta)
+    with pytest.raises(
+        InputError, match=r"special tokens, roberta would be another model: .*offset"
+    ):
+        save_hf(str(tmp_path / "hf"), model, params, vocabulary=vocabulary)
+    with pytest.raises(InputError, match="300 tokens, and the model 96"):
+        save_hf(
+            str(tmp_path / "hf"), *build(FAMILIES["gpt2"]), vocabulary=ByteVocabulary(extra_ids=41)
+        )
 
 
 def test_adafactors_state_goes_along_and_a_run_resumes_from_it(tmp_path, t5x):

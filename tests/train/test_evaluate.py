@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -52,6 +53,11 @@ def task(tmp_path_factory):
     )
 
 
+def task_records(task):
+    records = task.open("validation")
+    return [records[i] for i in range(len(records))]
+
+
 @pytest.fixture(scope="module")
 def evaluated(task, tmp_path_factory):
     """`(metrics, predictions, trainable, frozen, session)` of both evaluations, on 2x2x2."""
@@ -100,7 +106,18 @@ def test_teacher_forcing_counts_each_example_once(evaluated, task):
     np.testing.assert_allclose(metrics["held/loss"], expected, rtol=1e-5)
     hits = (weights * (logits.argmax(-1) == targets)).sum() / weights.sum()
     np.testing.assert_allclose(metrics["held/accuracy"], hits, atol=1e-6)
-    assert set(metrics) == {"held/loss", "held/accuracy", "texts/size"}
+    np.testing.assert_allclose(metrics["held/perplexity"], np.exp(expected), rtol=1e-4)
+    # A byte is a token, and each text's eos is one that is paid for.
+    nbytes = sum(len(record["targets"].encode()) for record in task_records(task))
+    assert nbytes == weights.sum() - EXAMPLES
+    bits = (weights * (log_z - picked)).sum() / np.log(2)
+    np.testing.assert_allclose(metrics["held/bits_per_byte"], bits / nbytes, rtol=1e-5)
+    assert {key for key in metrics if key.startswith("held/")} == {
+        "held/loss",
+        "held/accuracy",
+        "held/perplexity",
+        "held/bits_per_byte",
+    }
 
 
 def test_generation_writes_a_line_an_example(evaluated, task):
@@ -114,6 +131,28 @@ def test_generation_writes_a_line_an_example(evaluated, task):
         [clean(record["prediction"]) for record in predictions],
     )
     assert metrics["texts/size"] == scored["size"]
+    assert set(metrics) >= {"texts/size", "texts/size_low", "texts/size_high"}
+    assert metrics["texts/size_low"] < metrics["texts/size_high"]
+
+
+def test_references_stand_in_for_targets(task):
+    seen = []
+
+    def keep(targets, predictions):
+        seen.append((targets, predictions))
+        return {"kept": 1.0}
+
+    one = dataclasses.replace(task, metrics=[keep])
+    records = [
+        {"targets": "a ", "prediction": " b"},
+        {"targets": "a", "references": ["c", " d"], "prediction": "e"},
+        {"targets": "a", "references": {"question": 3}, "prediction": "f"},
+    ]
+    assert evaluate.score_records(one, records) == {"kept": 1.0}
+    assert seen == [(["A", ["C", "D"], {"question": 3}], ["B", "E", "F"])]
+    with_limits = evaluate.score_records(one, records, resamples=3)
+    assert with_limits == {"kept": 1.0, "kept_low": 1.0, "kept_high": 1.0}
+    assert len(seen) == 1 + 1 + 3
 
 
 def test_evaluations_need_names_and_metrics(task, tmp_path):

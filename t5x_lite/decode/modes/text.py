@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from t5x_lite import types
 from t5x_lite.data.objectives.base import append_eos, wrap
 from t5x_lite.decode.asking import Prompt
-from t5x_lite.decode.greedy import greedy
+from t5x_lite.decode.generate import generate
 from t5x_lite.decode.modes.base import Item, Mode, Row
 from t5x_lite.decode.modes.gaps import MASK, after_sentinels, gaps, joined, spliced
 from t5x_lite.decode.prompts import pad_left, pad_right
+from t5x_lite.decode.sampling import Greedy, Sampling
+from t5x_lite.decode.stopping import cut_at
 from t5x_lite.types import Array, Batch, InputError, Params
 
 _UL2 = ("R", "S", "X")
@@ -87,19 +90,28 @@ class Generate(Mode):
         return batch
 
     def compute(self, params: Params, batch: Batch, numbers: Array) -> Any:
-        vocabulary = self.loaded.vocabulary
-        return greedy(
+        vocabulary, options = self.loaded.vocabulary, self.options
+        # A key by the input's number: its answer does not depend on its batch.
+        base = jax.random.key(options.seed)
+        keys = jax.vmap(lambda number: jax.random.fold_in(base, number))(numbers[:, 0])
+        return generate(
             self.loaded.model,
             params,
             batch,
-            max_tokens=self.options.max_tokens,
-            eos_id=self.loaded.ends[0],
+            strategy=options.strategy or Greedy(),
+            max_tokens=options.max_tokens,
+            eos_id=self.loaded.ends,
             pad_id=vocabulary.pad_id,
             start_id=vocabulary.start_id,
+            rng=keys if isinstance(options.strategy, Sampling) else None,
         )
 
     def record(self, item: Item, row: Row, answer: Any) -> dict[str, Any]:
-        return {"prediction": self.loaded.text(answer)}
+        return {"prediction": self.written(answer)}
+
+    def written(self, answer: np.ndarray) -> str:
+        """The text of what was generated, up to the first of the stops."""
+        return cut_at(self.loaded.text(answer), self.options.stop)
 
 
 class Rewrite(Generate):
@@ -162,5 +174,5 @@ class FillGap(Generate):
         return vocabulary.sentinel_id(0), vocabulary.sentinel_id(1), vocabulary.sentinel_id(2)
 
     def record(self, item: Item, row: Row, answer: Any) -> dict[str, Any]:
-        middle = self.loaded.text(answer)
+        middle = self.written(answer)
         return {"prediction": spliced(self.text(item), [middle]), "filled": [middle]}

@@ -1,0 +1,7 @@
+"""A vector for each text: `scripts/embed.py --model_dir=DIR --input=texts.txt --output=OUT`."""
+
+from t5x_lite import configure
+from t5x_lite.train.embed import embed
+
+if __name__ == "__main__":
+    configure.main(embed)

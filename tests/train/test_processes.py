@@ -1,0 +1,121 @@
+"""Two real processes evaluate as one does: each example once, the same scores, one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = 11  # with 8 rows a batch: one full batch and one of 3, which one process has to itself
+
+# Arguments: folder, port, number of processes, index of this one.
+PROGRAM = """
+import json, sys
+
+import jax
+import numpy as np
+
+folder, port, count, index = sys.argv[1], *map(int, sys.argv[2:])
+if count > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+assert jax.process_count() == count and jax.device_count() == 4
+
+from t5x_lite.data.objectives import TextToText
+from t5x_lite.data.pipeline import EvaluationBatches
+from t5x_lite.data.sources import JsonlSource
+from t5x_lite.data.tasks import Task
+from t5x_lite.data.vocabularies import ByteVocabulary
+from t5x_lite.evaluation.metrics import chrf
+from t5x_lite.peft.transform import Full
+from t5x_lite.sharding import Partitioner
+from t5x_lite.train.evaluate import Evaluator, Generate, TeacherForced
+from t5x_lite.train.session import Session
+from tests.train import harness
+
+vocabulary = ByteVocabulary()
+task = Task(
+    name="pairs",
+    source=JsonlSource(files={"validation": f"{folder}/pairs.jsonl"}),
+    vocabulary=vocabulary,
+    objective=TextToText(vocabulary),
+    lengths={"encoder": 20, "decoder": 18},
+    metrics=[chrf],
+)
+session = Session(harness.MODEL, Full(), Partitioner(data=4))
+host = harness.host_params(harness.MODEL)
+params = jax.tree.map(
+    lambda x, struct: jax.make_array_from_callback(x.shape, struct.sharding, lambda i: x[i]),
+    host,
+    session.base_shapes,
+)
+batches = EvaluationBatches(task, batch_size=8)
+evaluations = [
+    TeacherForced(name="held", batches=batches),
+    Generate(name="texts", batches=batches, max_tokens=4, resamples=20),
+]
+path = f"{folder}/{count}-{index}-{{name}}.jsonl"
+print(json.dumps(Evaluator(session, evaluations).run(params, {}, predictions=path)))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def evaluate(folder: Path, count: int) -> list[dict[str, float]]:
+    """What each of `count` processes, with four devices between them, measured."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count} "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    }
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(folder), str(port), str(count), str(index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=ROOT,
+        )
+        for index in range(count)
+    ]
+    try:
+        ended = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, stderr) in zip(started, ended, strict=True):
+        assert process.returncode == 0, stderr[-3000:]
+    return [json.loads(stdout.splitlines()[-1]) for stdout, _ in ended]
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path):
+    words = ["a", "bb", "ccc", "dddd", "é"]
+    records = [
+        {"inputs": " ".join(words[: i % 5 + 1]), "targets": words[i % 5] * (i % 4 + 1), "id": i}
+        for i in range(EXAMPLES)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (alone,) = evaluate(tmp_path, 1)
+    first, second = evaluate(tmp_path, 2)
+    assert first == second
+    assert first == pytest.approx(alone, rel=1e-5)
+    assert {"held/loss", "held/bits_per_byte", "texts/chrf", "texts/chrf_low"} <= first.keys()
+    one, two = (tmp_path / f"{count}-0-texts.jsonl" for count in (1, 2))
+    assert one.read_text() == two.read_text()
+    assert [json.loads(line)["id"] for line in two.open()] == list(range(EXAMPLES))
+    assert not (tmp_path / "2-1-texts.jsonl").exists()
