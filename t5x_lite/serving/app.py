@@ -286,9 +286,9 @@ async def _spoken(outcomes: Outcomes, stream: TextStream) -> AsyncIterator[dict[
     while finished is None:
         event = await outcomes.next()
         piece = "" if event.token is None else stream.add(event.token)
-        finished = "stop" if stream.stopped else event.finished
-        if finished is not None:
+        if stream.stopped or event.finished is not None:
             piece += stream.rest()
+            finished = "stop" if stream.is_cut else event.finished
         if piece:
             yield {"piece": piece}
     outcomes.ticket.cancel()  # after a stop string the engine would go on

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from t5x_lite.decode.stopping import StopStrings, cut_at
+
 _UNFINISHED = "\ufffd"  # how vocabularies write bytes that are no character, or not yet
 _LONGEST = 3  # bytes of a character that lacks its last
 
@@ -24,39 +26,41 @@ class TextStream:
     def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()):
         self._decode = decode
         self._stops = tuple(stops)
-        self._given = ""
+        self._passing = StopStrings(stops)
+        self._whole = ""  # the text of `tokens`
+        self._passed = ""  # the part of it that no token to come can change
         self.tokens: list[int] = []
-        self.text = ""  # all so far, that which is held included
-        self.stopped = False  # by one of `stops`
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come: more tokens would be in vain."""
+        return self._passing.stopped
+
+    @property
+    def text(self) -> str:
+        """All so far, up to the first stop string."""
+        return cut_at(self._whole, self._stops)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a stop string has taken something from the text."""
+        return len(self.text) < len(self._whole)
 
     def add(self, token: int) -> str:
         """What can be given out since the last call; "" often."""
         self.tokens.append(token)
-        self.text = self._decode(self.tokens)
-        places = [place for stop in self._stops if (place := self.text.find(stop)) >= 0]
-        if places:
-            self.stopped = True
-            self.text = self.text[: min(places)]
-            return self.rest()
-        ready = self.text
+        self._whole = ready = self._decode(self.tokens)
         for _ in range(_LONGEST):
             ready = ready.removesuffix(_UNFINISHED)
-        held = max((_overlap(ready, stop) for stop in self._stops), default=0)
-        return self._give(ready[: len(ready) - held])
+        return self._passing.push(self._pass(ready))
 
     def rest(self) -> str:
         """What was held, when nothing more comes."""
-        return self._give(self.text)
+        return self._passing.push(self._pass(self._whole)) + self._passing.finish()
 
-    def _give(self, ready: str) -> str:
-        if not ready.startswith(self._given):
+    def _pass(self, ready: str) -> str:
+        if not ready.startswith(self._passed):
             return ""
-        piece = ready[len(self._given) :]
-        self._given = ready
+        piece = ready[len(self._passed) :]
+        self._passed = ready
         return piece
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

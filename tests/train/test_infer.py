@@ -150,6 +150,7 @@ def test_each_family_has_its_own_mode_by_default(made, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_an_adapter_answers_otherwise_than_its_base(made, tmp_path):
     base = made("peft/gpt2/base")
     arguments = {"mode": "score", "max_input_tokens": 8}

@@ -89,6 +89,7 @@ def test_a_directory_of_hugging_faces_and_a_run_are_the_same_model(gpt2):
     assert theirs.model.config == ours.model.config
 
 
+@pytest.mark.slow
 def test_an_adapter_of_pefts_goes_on_either(gpt2):
     model, base = load_hf(str(gpt2[0]))
     transform, trainable = load_peft(PEFT, model)
