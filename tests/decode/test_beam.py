@@ -1,11 +1,12 @@
 """Beam search does what its definition says, on a model small enough to search by lists.
 
 The model is a table: a text's next logits are the row that a sum over its tokens picks, so every
-token before counts, and a cache whose rows were not exchanged with their beams would show.
+token before counts, and a beam that goes on from another's places would show.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -46,24 +47,27 @@ def tables(seed: int) -> np.ndarray:
 def found(tables, strategy, eos_ids=EOS):
     beams = strategy.beams
 
-    def logits(written):  # [rows * beams, NEW] -> [rows * beams, VOCAB]
-        place = jnp.sum(written * WEIGHTS[None], axis=1) % TABLE
-        row = jnp.arange(len(written)) // (len(written) // ROWS)
-        return tables[row, place]
+    def logits(written, lines):  # [rows, places] and [rows, beams, places] -> [..., VOCAB]
+        nth = jnp.maximum(jnp.cumsum(lines, axis=2) - 1, 0)
+        terms = jnp.where(lines, written[:, None] * jnp.asarray(WEIGHTS)[nth], 0)
+        place = jnp.sum(terms, axis=2) % TABLE
+        return tables[jnp.arange(ROWS)[:, None], place]
 
-    def extend(tokens, cache):
+    def extend(tokens, cache, lines):
         (layer,), index = cache.layers, cache.index
-        written = jax.lax.dynamic_update_slice(layer.self_attention[0], tokens, (0, index))
-        layers = (LayerCache((written, layer.self_attention[1])),)
-        cache = Cache(layers, index + 1, cache.positions + 1)
-        return logits(written)[:, None], cache
+        places, other = layer.self_attention
+        written = jax.lax.dynamic_update_slice(places, tokens[:, None], (0, 0, index))
+        layers = (LayerCache((written, other)),)
+        cache = dataclasses.replace(cache, layers=layers, index=index + beams)
+        return logits(written[:, 0], lines), cache
 
-    nothing = jnp.zeros((ROWS, NEW), jnp.int32)
+    nothing = jnp.zeros((ROWS, 1, beams * (NEW - 1)), jnp.int32)
     cache = Cache((LayerCache((nothing, nothing)),), jnp.int32(0), jnp.zeros(ROWS, jnp.int32))
+    first = logits(nothing[:, 0], nothing > 0)[:, 0]
     seen = jnp.zeros((ROWS, VOCAB), bool) if strategy.repetition_penalty != 1.0 else None
     options = {"strategy": strategy, "max_tokens": NEW, "eos_ids": eos_ids, "pad_id": PAD}
     assert beams * 2 <= VOCAB
-    return beam.search(extend, logits(nothing), cache, seen, **options)
+    return beam.search(extend, first, cache, seen, **options)
 
 
 def log_probabilities(table: np.ndarray, text: tuple[int, ...], penalty: float) -> np.ndarray:
@@ -141,7 +145,7 @@ def test_several_eos_end_texts():
 def test_more_beams_than_the_vocabulary_allows():
     with pytest.raises(InputError, match=r"beams=7 looks at 14 candidates .* has 12 tokens"):
         beam.search(
-            lambda tokens, cache: (tokens, cache),
+            lambda tokens, cache, lines: (tokens, cache),
             jnp.zeros((1, VOCAB)),
             Cache((), jnp.int32(0), jnp.zeros(1, jnp.int32)),
             None,
