@@ -127,6 +127,29 @@ def test_a_row_depends_on_its_prompt_and_key_alone():
     assert len({tuple(row) for row in same.tolist()}) == 4  # a key for each row
 
 
+def test_tokens_are_drawn_as_often_as_uncached_logits_say():
+    """Chi-square of the second new token, over all first ones: 19 likely tokens and the rest."""
+    model, params = writer()
+    draws, prompt = 6000, np.array([5, 40, 17, 8], np.int32)
+    batch = pad_left([prompt] * draws, 5)
+    strategy = Sampling(temperature=1.3)
+    decode = program(model, strategy, max_tokens=2, eos_id=-1, pad_id=PAD)
+    drawn = np.asarray(decode(params, batch, rng=jax.random.key(8)))[:, 1]
+
+    rows = np.array([[*prompt, token] for token in range(96)], np.int32)
+    logits = jax.jit(model.apply)({"params": params}, {types.DECODER_INPUT_TOKENS: rows})
+    share = jax.nn.softmax(logits[:, -2:] / 1.3)
+    share = np.asarray(share[0, 0], np.float64) @ np.asarray(share[:, 1], np.float64)
+    best = np.argsort(-share)[:19]
+    expected = np.append(share[best], 1.0 - share[best].sum()) * draws
+    counts = np.bincount(drawn, minlength=96)[best]
+    counts = np.append(counts, draws - counts.sum())
+    assert expected.min() > 20
+    assert ((counts - expected) ** 2 / expected).sum() < 50.80  # once in 10,000 times by chance
+    first = np.append(share[best][::-1], 0) * draws  # exchanged, they would be told apart
+    assert ((counts - first)[:19] ** 2 / first[:19]).sum() > 50.80
+
+
 def test_beams_on_eight_devices_are_those_of_one():
     model, params = common.build(common.with_stacks(common.T5, num_layers=1))
     rng = np.random.default_rng(3)
