@@ -226,8 +226,7 @@ def ended_by(tokens: Array, eos_ids: tuple[int, ...]) -> Array:
 def _take(x: Array, places: Array) -> Array:
     """`x [b, m, ...]` at `places [b, c]`, which are places of m: `[b, c, ...]`.
 
-    To say that they are, and to give XLA:CPU few axes, makes 32 rows of 200 kB take 0.7 ms of CPU
-    time instead of 5.8.
+    To say that they are, and to give XLA:CPU few axes, is eight times faster.
     """
     flat = x.reshape(*x.shape[:2], -1)
     taken = jnp.take_along_axis(flat, places[..., None], axis=1, mode="promise_in_bounds")

@@ -96,11 +96,13 @@ def test_more_requests_than_slots_get_what_each_gets_alone(name, compilations):
     assert made.pending == 0
 
 
+@pytest.mark.slow
 def test_several_steps_a_dispatch_change_nothing():
     made = engine(load("gpt2"), stride=4, prompt_buckets=(12,))
     assert dict(made.run(requests())) == dict(enumerate(answers("gpt2", requests())))
 
 
+@pytest.mark.slow
 def test_a_token_that_ends_texts_frees_its_slot():
     asked = requests(4)
     full = answers("t5", asked)
@@ -150,6 +152,7 @@ def test_a_cancelled_request_is_silent_and_the_others_go_on(name):
     assert made.step() == []
 
 
+@pytest.mark.slow
 def test_an_eight_bit_cache_writes_nearly_the_same():
     asked = requests()
     made = dict(engine(load("llama"), cache_dtype="int8", prompt_buckets=(12,)).run(asked))
@@ -161,6 +164,7 @@ def test_an_eight_bit_cache_writes_nearly_the_same():
     assert sum(same) >= len(same) - 1
 
 
+@pytest.mark.slow
 def test_a_prefix_is_seen_in_both_directions():
     loaded = dataclasses.replace(load("llama"), asking=Asking("prefix"))
     prompt = np.arange(5, 14, dtype=np.int32)

@@ -61,7 +61,7 @@ def whole(model, params, batch):
     return np.asarray(jax.jit(model.apply)({"params": params}, batch))[:, PROMPT:]
 
 
-@pytest.mark.parametrize("name", ["t5", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_an_index_a_row_gives_what_one_for_all_gives(name):
     model, params = build(name)
     batch = batch_of(model)
@@ -123,8 +123,10 @@ def test_rounded_vectors_are_within_half_a_step():
     assert bool(jnp.all(error <= 0.5001 * kept.scale[..., None]))
 
 
-@pytest.mark.parametrize("name", ["t5", "gpt2", "llama"])
-@pytest.mark.parametrize("window", [3, 6])
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [("t5", 3), ("llama", 6), *(pytest.param("gpt2", n, marks=pytest.mark.slow) for n in (3, 6))],
+)
 def test_a_window_is_attention_to_the_last_tokens(name, window, monkeypatch):
     """Places are used again, and nothing changes: full attention with a mask says what comes."""
     model, params = build(name)
