@@ -1,4 +1,4 @@
-"""A vector for each text: `scripts/embed.py --model_dir=DIR --input=texts.txt --output=OUT`."""
+"""A vector for each text: `python scripts/embed.py --model_dir=RUN --input=in.txt --output=OUT`."""
 
 from t5x_lite import configure
 from t5x_lite.train.embed import embed

@@ -97,3 +97,38 @@ def test_the_head_at_masked_slots_saves_what_it_should():
     # Head and body of this toy: 2 x 40 tokens against 2 x 6 slots through 32 x 1000.
     assert 1.5 < float(counted) < 2.0
     assert float(timed) > 0
+
+
+def test_skip_gram_beside_nothing(tmp_path):
+    """Without gensim and data it still measures itself, and says what is missing."""
+    (tmp_path / "text.txt").write_text("the king and the queen of the sea\n" * 40)
+    program = ROOT / "benchmarks" / "word2vec.py"
+    flags = [f"--texts={tmp_path / 'text.txt'}", f"--data_dir={tmp_path}", "--rounds=1"]
+    done = subprocess.run(
+        [sys.executable, str(program), *flags, "--epochs=1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"t5x_lite  median : +[\d,]+ words/s", done.stdout)
+    assert "without simlex999: dataset 'simlex999' is not prepared" in done.stdout
+
+
+def test_generation_is_timed_row_by_row():
+    """Alone: the other side needs a Python with torch."""
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "decode.py")),
+            *("--rows=test gpt, batch 2, greedy", "--batches=2", "--rounds=1"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = re.findall(r"test gpt, batch 2, greedy \| ([\d.,]+)", done.stderr)
+    assert float(row.replace(",", "")) > 0
+    assert "compile, s" in done.stdout

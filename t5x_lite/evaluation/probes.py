@@ -5,16 +5,13 @@ Shapes: n vectors, d dimensions, c labels.
 
 from __future__ import annotations
 
-import functools
+import importlib
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from t5x_lite.evaluation.embeddings import nearest
-from t5x_lite.types import Array, InputError
+from t5x_lite.types import InputError
 
 
 class LinearProbe:
@@ -33,22 +30,18 @@ class LinearProbe:
         penalty: float = 1e-3,
         steps: int = 200,
     ):
-        vectors = np.asarray(vectors, np.float32)
+        vectors = np.asarray(vectors, np.float64)
         self.labels, targets = _labels(vectors, labels)
         self._mean = vectors.mean(axis=0)
         deviation = vectors.std(axis=0)
-        self._scale = np.where(deviation > 0, deviation, 1).astype(np.float32)
+        self._scale = np.where(deviation > 0, deviation, 1)
         self._weights, self._bias = _fit(
-            jnp.asarray(self._normal(vectors)),
-            jnp.asarray(targets, jnp.int32),
-            jnp.float32(penalty),
-            len(self.labels),
-            steps,
+            self._normal(vectors), targets, penalty, len(self.labels), steps
         )
 
     def predict(self, vectors: np.ndarray) -> list[object]:
         """The likeliest label of each of `vectors` `[n, d]`."""
-        logits = self._normal(np.asarray(vectors, np.float32)) @ self._weights + self._bias
+        logits = self._normal(np.asarray(vectors, np.float64)) @ self._weights + self._bias
         return [self.labels[i] for i in np.argmax(logits, axis=-1)]
 
     def accuracy(self, vectors: np.ndarray, labels: Sequence[object]) -> float:
@@ -59,32 +52,28 @@ class LinearProbe:
         return (vectors - self._mean) / self._scale
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
 def _fit(
-    vectors: Array, targets: Array, penalty: Array, labels: int, steps: int
-) -> tuple[Array, Array]:
-    """Weights `[d, c]` and bias `[c]` after `steps` of L-BFGS."""
+    vectors: np.ndarray, targets: np.ndarray, penalty: float, labels: int, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights `[d, c]` and bias `[c]` after at most `steps` of L-BFGS."""
+    n, d = vectors.shape
+    wanted = np.eye(labels)[targets]
 
-    def objective(params: tuple[Array, Array]) -> Array:
-        weights, bias = params
-        logits = vectors @ weights + bias[None, :]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return jnp.mean(loss) + 0.5 * penalty * jnp.sum(jnp.square(weights))
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights, bias = flat[: d * labels].reshape(d, labels), flat[d * labels :]
+        logits = vectors @ weights + bias
+        logs = logits - logits.max(axis=1, keepdims=True)
+        logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True))
+        value = -np.sum(wanted * logs) / n + 0.5 * penalty * np.sum(weights**2)
+        surplus = (np.exp(logs) - wanted) / n
+        grads = (vectors.T @ surplus + penalty * weights).ravel(), surplus.sum(axis=0)
+        return float(value), np.concatenate(grads)
 
-    optimizer = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(objective)
-
-    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
-        params, state = carry
-        value, grad = value_and_grad(params, state=state)
-        updates, state = optimizer.update(
-            grad, state, params, value=value, grad=grad, value_fn=objective
-        )
-        return (optax.apply_updates(params, updates), state), None
-
-    zeros = (jnp.zeros((vectors.shape[1], labels)), jnp.zeros(labels))
-    (params, _), _ = jax.lax.scan(step, (zeros, optimizer.init(zeros)), None, length=steps)
-    return params
+    optimize = importlib.import_module("scipy.optimize")  # comes with jax
+    start: np.ndarray = np.zeros((d + 1) * labels)
+    options = {"maxiter": steps, "gtol": 1e-6}
+    found = optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x
+    return found[: d * labels].reshape(d, labels), found[d * labels :]
 
 
 def vote(

@@ -85,7 +85,7 @@ class WordVectors:
         known = [pair for pair in judged if pair.first in self and pair.second in self]
         if len(known) < 2:
             raise InputError(
-                f"both words have vectors in {len(known)} of {len(judged)} pairs: too few"
+                f"both words have vectors in {len(known)} of {len(judged)} pairs: expected two"
             )
         left, right = (self.of([getattr(p, side) for p in known]) for side in ("first", "second"))
         spearman = embeddings.similarity(left, right, [pair.score for pair in known])

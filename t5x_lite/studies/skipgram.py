@@ -9,7 +9,7 @@ after another. Here all pairs of a step share m noise rows, each with weight k/m
 expectation is a few matrix products (sharing: Ji et al. 2016, arXiv:1604.04661): centres of a block
 by the block's outputs, of which the band of the windows counts, and all centres by the noise rows.
 The gradient is written out and added to the rows of the step alone; both tables are updated in
-place, by one gather and one scatter each (a second one of either would have XLA copy the table).
+place, by one gather and one scatter each (with two of both, XLA copies the table in every step).
 
 Shapes: v rows, d dimensions, s blocks, t centres, u = t + 2 window outputs, m negatives.
 """

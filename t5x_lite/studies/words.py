@@ -171,7 +171,9 @@ def contextual(
         owners: np.ndarray = np.full((batch_size, length), -1)
         for row, run in enumerate(windows[start : start + batch_size]):
             ids = np.concatenate([pieces[word] for word in run])[: length - 2]
-            owner = np.repeat([number.get(w, -1) for w in run], [len(pieces[w]) for w in run])
+            owner: np.ndarray = np.repeat(
+                [number.get(w, -1) for w in run], [len(pieces[w]) for w in run]
+            )
             rows[row] = modes.Row(mode.read(ids))
             before = int(vocabulary.bos_id is not None)  # a text's start, for an encoder
             begins = len(mode.read(ids)) - len(ids) if alone else before
@@ -184,7 +186,7 @@ def contextual(
         np.add.at(counts, owners[real], 1)
     kept = np.flatnonzero(counts)
     table = (sums[kept] / counts[kept, None]).astype(np.float32)
-    return WordVectors(tuple(words[i] for i in kept), table)
+    return WordVectors(tuple(words[i] for i in kept.tolist()), table)
 
 
 def _windows(
@@ -198,7 +200,7 @@ def _windows(
         for read in [words_of(text)]
         for start in range(0, len(read), window)
     ]
-    for index in np.random.default_rng(seed).permutation(len(runs)):
+    for index in np.random.default_rng(seed).permutation(len(runs)).tolist():
         run = runs[index]
         if any(missing.get(word, 0) > 0 for word in run):
             yield run

@@ -208,7 +208,7 @@ def _write(
     else:
         table = np.lib.format.open_memmap(path, "r+")
     table[at : at + len(vectors)] = vectors
-    table.flush()  # type: ignore[attr-defined]
+    table.flush()
     with open(os.path.join(output, IDS), "a" if at else "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"id": name}, ensure_ascii=False) + "\n" for name in ids)
 
