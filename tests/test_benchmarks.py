@@ -114,3 +114,21 @@ def test_skip_gram_beside_nothing(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"t5x_lite  median : +[\d,]+ words/s", done.stdout)
     assert "without simlex999: dataset 'simlex999' is not prepared" in done.stdout
+
+
+def test_generation_is_timed_row_by_row():
+    """Alone: the other side needs a Python with torch."""
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "decode.py")),
+            *("--rows=test gpt, batch 2, greedy", "--batches=2", "--rounds=1"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = re.findall(r"test gpt, batch 2, greedy \| ([\d.,]+)", done.stderr)
+    assert float(row.replace(",", "")) > 0
+    assert "compile, s" in done.stdout

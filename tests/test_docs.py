@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,3 +97,16 @@ def test_links_inside_the_project_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_the_decoding_pages_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "tests" / "fixtures" / "hf" / "gpt2", tmp_path / "gpt2")
+    page = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["tokens"].shape == (2, 8)
+    assert names["beams"].tokens.shape == (2, 4, 8)
+    assert names["beams"].scores.shape == (2, 4)

@@ -28,8 +28,8 @@ from t5x_lite.models.cache import Cache
 from t5x_lite.types import Array, InputError
 
 _NEVER = -1e9  # the score of what must not be chosen
-# `(tokens [b * k, 1], cache) -> (logits [b * k, 1, v], cache)`
-Extend = Callable[[Array, Cache], tuple[Array, Cache]]
+# `(tokens [b, k], cache, places that each goes on from [b, k, c]) -> (logits [b, k, v], cache)`
+Extend = Callable[[Array, Cache, Array], tuple[Array, Cache]]
 
 
 @flax.struct.dataclass
@@ -65,9 +65,10 @@ def search(
     """The best `strategy.beams` texts of each row.
 
     Args:
-      extend: feeds the last tokens of all beams, a row's beams side by side.
+      extend: feeds the last tokens of all beams; see `Transformer.extend`.
       logits: `[b, v]`, of the first new token.
-      cache: of b rows. What the encoder wrote is read by all beams of a row, and not copied.
+      cache: of b rows, with room for k (n - 1) tokens behind the prompt. All beams of a row share
+        what the encoder and the prompt wrote.
       seen: bool `[b, v]`, tokens of the prompts; None: without a repetition penalty.
       strategy: how.
       max_tokens: n.
@@ -85,14 +86,22 @@ def search(
     def choose(state: _State, logits: Array) -> tuple[_State, Array]:
         return _choose(state, logits, strategy, max_tokens, eos_ids)
 
-    def unfinished(carry: tuple[_State, Cache]) -> Array:
+    # Nothing in the cache moves when beams change places: each remembers which places are its own.
+    prompt = cache.capacity - beams * (max_tokens - 1)
+    cache = dataclasses.replace(cache, branches=(prompt, beams))
+    places = jnp.arange(cache.capacity)
+
+    def with_next(line: Array, cache: Cache) -> Array:
+        return line | (places[None, :] == cache.index + jnp.arange(beams)[:, None])[None]
+
+    def unfinished(carry: tuple[_State, Array, Cache]) -> Array:
         return (carry[0].count < max_tokens) & jnp.any(carry[0].open)
 
-    def advance(carry: tuple[_State, Cache]) -> tuple[_State, Cache]:
-        state, cache = carry
-        logits, cache = extend(state.last.reshape(-1, 1), cache)
-        state, parents = choose(state, logits.reshape(rows, beams, vocab_size))
-        return state, _of_parents(cache, parents)
+    def advance(carry: tuple[_State, Array, Cache]) -> tuple[_State, Array, Cache]:
+        state, line, cache = carry
+        logits, cache = extend(state.last, cache, line)
+        state, parents = choose(state, logits)
+        return state, with_next(_take(line, parents), cache), cache
 
     def nothing(beams: int, score: float) -> Beams:
         tokens = jnp.full((rows, beams, max_tokens), pad_id, jnp.int32)
@@ -108,7 +117,9 @@ def search(
         seen=None if seen is None else seen[:, None],
     )
     state, _ = choose(start, logits[:, None])
-    state, _ = jax.lax.while_loop(unfinished, advance, (state, _for_beams(cache, beams)))
+    line = jnp.broadcast_to(places < prompt, (rows, beams, cache.capacity))
+    carry = (state, with_next(line, cache), cache)
+    state = jax.lax.while_loop(unfinished, advance, carry)[0]
     if strategy.convention == "hf":
         return state.done
     some = jnp.any(state.ended, axis=1)[:, None]
@@ -213,38 +224,11 @@ def ended_by(tokens: Array, eos_ids: tuple[int, ...]) -> Array:
 
 
 def _take(x: Array, places: Array) -> Array:
-    """`x [b, m, ...]` at `places [b, c]`: `[b, c, ...]`."""
-    return jnp.take_along_axis(x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1)
+    """`x [b, m, ...]` at `places [b, c]`, which are places of m: `[b, c, ...]`.
 
-
-def _for_beams(cache: Cache, beams: int) -> Cache:
-    """A cache of b rows as one of b * k rows, but for what the encoder wrote: beams share it."""
-
-    def repeat(x: Array) -> Array:
-        return jnp.repeat(x, beams, axis=0)
-
-    cache = _of_texts(cache, repeat)
-    segments = cache.segment_ids
-    return dataclasses.replace(
-        cache,
-        positions=repeat(cache.positions),
-        segment_ids=None if segments is None else repeat(segments),
-    )
-
-
-def _of_parents(cache: Cache, parents: Array) -> Cache:
-    """Each beam's keys and values become those of its parent `[b, k]` in the same row."""
-
-    def take(x: Array) -> Array:
-        return _take(x.reshape(*parents.shape, *x.shape[1:]), parents).reshape(x.shape)
-
-    return _of_texts(cache, take)
-
-
-def _of_texts(cache: Cache, change: Callable[[Array], Array]) -> Cache:
-    """`cache` with a change to all that the decoder wrote, arrays with the rows first."""
-    layers = [
-        dataclasses.replace(layer, self_attention=jax.tree.map(change, layer.self_attention))
-        for layer in cache.layers
-    ]
-    return dataclasses.replace(cache, layers=tuple(layers))
+    To say that they are, and to give XLA:CPU few axes, makes 32 rows of 200 kB take 0.7 ms of CPU
+    time instead of 5.8.
+    """
+    flat = x.reshape(*x.shape[:2], -1)
+    taken = jnp.take_along_axis(flat, places[..., None], axis=1, mode="promise_in_bounds")
+    return taken.reshape(*places.shape, *x.shape[2:])

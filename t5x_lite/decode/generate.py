@@ -7,6 +7,7 @@ Shapes: b batch, p prompt length, n new tokens, v vocab.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -117,7 +118,7 @@ def search_beams(
     logits, cache, seen = _prefill(model, params, batch, strategy, max_tokens, pad_id, start_id)
     params = for_decoding(params)
     return beam.search(
-        lambda tokens, cache: _extend(model, params, tokens, cache),
+        functools.partial(_extend, model, params),
         logits,
         cache,
         seen,
@@ -150,7 +151,8 @@ def _prefill(
     rows, prompt = tokens.shape
     # Logits at the last place alone.
     batch = {**batch, types.MASKED_POSITIONS: jnp.full((rows, 1), prompt - 1, jnp.int32)}
-    capacity = prompt + max_tokens - 1  # the last token is never fed
+    branches = strategy.beams if isinstance(strategy, BeamSearch) else 1
+    capacity = prompt + branches * (max_tokens - 1)  # the last token is never fed
     logits, cache = model.apply({"params": params}, batch, capacity, method="prefill")
     seen = None
     if sampling.counts_repetitions(strategy):
@@ -159,8 +161,10 @@ def _prefill(
     return logits[:, 0], cache, seen
 
 
-def _extend(model: Transformer, params: Params, tokens: Array, cache: Cache) -> tuple[Any, Cache]:
-    logits, cache = model.apply({"params": params}, tokens, cache, method="extend")
+def _extend(
+    model: Transformer, params: Params, tokens: Array, cache: Cache, allowed: Array | None = None
+) -> tuple[Any, Cache]:
+    logits, cache = model.apply({"params": params}, tokens, cache, allowed, method="extend")
     return logits, cache
 
 

@@ -41,6 +41,7 @@ class Visibility:
     query_places: Array | None = None
     key_places: Array | None = None
     key_prefix: Array | None = None  # [b, k]: nonzero keys are seen ahead of causality (prefix LM)
+    allowed: Array | None = None  # bool [b, q, k]: no other keys are seen
     window: int | None = flax.struct.field(pytree_node=False, default=None)  # places seen, own too
 
     def mask(self) -> Array | None:
@@ -58,6 +59,9 @@ class Visibility:
         if self.query_segments is not None and self.key_segments is not None:
             same = self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :]
             visible = same if visible is None else visible & same
+        if self.allowed is not None:
+            allowed = self.allowed[:, None]
+            visible = allowed if visible is None else visible & allowed
         return visible
 
 

@@ -11,11 +11,12 @@ values, d head width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5x_lite.types import Array
 
@@ -62,14 +63,29 @@ class Cache:
     segment_ids: Array | None = None  # int32 [b, c]: 0 hides the prompt's padding; None: none
     memory_segment_ids: Array | None = None  # int32 [b, k]: 0 hides the encoder's padding
     window: int | None = flax.struct.field(pytree_node=False, default=None)
+    # (p, n): from place p on, the n tokens of a call are alternatives at one place in the text, as
+    # the beams of a search are, and `extend` is told which places each of them goes on from.
+    branches: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit."""
+        """Places."""
         return length(self.layers[0].self_attention)
 
+    @property
+    def longest(self) -> int:
+        """The longest text that fits."""
+        return int(self._in_text(np.int32(self.capacity - 1))) + 1
+
+    def query_places(self, count: int) -> Array:
+        """Where the next `count` tokens stand in the text: int32 `[count]`, or `[b, count]`."""
+        ahead = jnp.arange(count, dtype=jnp.int32)
+        if self.index.ndim:
+            return self._in_text(self.index[:, None] + ahead[None])
+        return self._in_text(self.index + ahead)
+
     def key_places(self, ahead: int) -> Array:
-        """Which token each place holds once `ahead` more are written: int32 `[c]`, or `[b, c]`.
+        """Where each place stands in the text once `ahead` more are written: `[c]` or `[b, c]`.
 
         The last one of its place; a number behind all others where there is none yet.
         """
@@ -78,7 +94,15 @@ class Cache:
         if last.ndim:
             last, places = last[:, None], places[None]
         token = last - (last - places) % self.capacity
-        return jnp.where(token < 0, jnp.iinfo(jnp.int32).max, token)
+        return self._in_text(jnp.where(token < 0, jnp.iinfo(jnp.int32).max, token))
+
+    def _in_text(self, place: Any) -> Any:
+        """A place's place in the text: the same, without branches."""
+        if self.branches is None:
+            return place
+        prompt, count = self.branches
+        xp = np if isinstance(place, np.generic) else jnp
+        return xp.where(place < prompt, place, prompt + (place - prompt) // count)
 
 
 def start(written: LayerCache, capacity: int, dtype: CacheDtype | None) -> LayerCache:

@@ -178,11 +178,8 @@ class Stack(nn.Module):
             positions = jnp.broadcast_to(query_places[None], x.shape[:2])
         if cache is not None:
             key_places = cache.key_places(x.shape[1])
-            if cache.index.ndim:
-                query_places = query_places[None] + cache.index[:, None]
-            else:
-                query_places = query_places + cache.index
-            length = cache.capacity if cache.window is None else length
+            query_places = cache.query_places(x.shape[1])
+            length = cache.longest if cache.window is None else length
         if self.causal:
             visibility = dataclasses.replace(
                 visibility, query_places=query_places, key_places=key_places

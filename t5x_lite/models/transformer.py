@@ -164,8 +164,12 @@ class Transformer(nn.Module):
             window=window,
         )
 
-    def extend(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+    def extend(
+        self, tokens: Array, cache: Cache, allowed: Array | None = None
+    ) -> tuple[Array, Cache]:
         """Logits `[b, n, v]` of the next tokens `[b, n]`, and the cache with them written.
+
+        With `allowed`, bool `[b, n, c]`, a token sees no other places than those; its own is one.
 
         A window's cache takes one token at a time: a second could overwrite what the first sees.
         """
@@ -175,10 +179,13 @@ class Transformer(nn.Module):
         segments = cache.segment_ids
         if cache.window is not None and segments is not None:
             segments = kv_cache.write_places(segments, jnp.ones_like(tokens), cache.index, 1)
-        ahead = jnp.arange(count, dtype=jnp.int32)[None, :]
+        branching = cache.branches is not None
+        ahead = jnp.arange(count, dtype=jnp.int32)[None, :] * (0 if branching else 1)
         x, written = self.decoder(
             self._embed(tokens),
-            dataclasses.replace(_everywhere(tokens, segments), window=cache.window),
+            dataclasses.replace(
+                _everywhere(tokens, segments), window=cache.window, allowed=allowed
+            ),
             positions=cache.positions[:, None] + ahead,
             cache=cache,
             memory_visibility=_everywhere(tokens, cache.memory_segment_ids),
@@ -188,7 +195,7 @@ class Transformer(nn.Module):
             cache,
             layers=written,
             index=cache.index + count,
-            positions=cache.positions + count,
+            positions=cache.positions + (1 if branching else count),
             segment_ids=segments,
         )
 

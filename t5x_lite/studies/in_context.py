@@ -156,11 +156,12 @@ def plot(points: Sequence[Point], chance: float, path: str) -> None:
         first = [point for point in part if point.model == part[0].model]
         shown = [point.shown for point in first]
         axes.plot([p.shots for p in first], shown, ":", color="0.4", label="value is in the prompt")
-        axes.axhline(chance, color="0.7", linewidth=0.8, label="guessing")
+        if split == "validation":
+            axes.axhline(chance, color="0.7", linewidth=0.8, label="guessing among values seen")
         axes.set_title(what)
         axes.set_xlabel("shots")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("accuracy, %")
-    figure.axes[0].legend(frameon=False)
+    figure.axes[0].legend(frameon=False, loc="center right")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -19,7 +19,7 @@ from t5x_lite.train import step as steps
 from t5x_lite.train.checkpoint import CheckpointPolicy, find_step
 from t5x_lite.train.evaluate import Evaluation, Generate
 from t5x_lite.train.session import Session
-from t5x_lite.types import InputError
+from t5x_lite.types import MASKED_TARGET_SPANS, MASKED_TARGET_VALUES, Batch, InputError
 
 
 def check_best(
@@ -82,13 +82,23 @@ def check_parts(
     check_evaluations(model, evaluations)
     first = batches.batch(0, slice(0, 1))
     steps.check_trainable_batch(first)
-    loss.check(first)
+    check_loss(model, loss, first)
+    _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
+
+
+def check_loss(model: ModelConfig, loss: steps.Loss, batch: Batch) -> None:
+    """Raises InputError for regularisers that mean nothing for what the batch asks."""
+    for key in (MASKED_TARGET_VALUES, MASKED_TARGET_SPANS):
+        if key in batch and (loss.z_loss or loss.label_smoothing):
+            raise InputError(
+                f"Loss(z_loss={loss.z_loss}, label_smoothing={loss.label_smoothing}) is for tokens "
+                f"and labels, but the task asks for '{key}': set both to 0"
+            )
     if model.pair_head is not None and loss.label_smoothing:
         raise InputError(
             f"Loss.label_smoothing={loss.label_smoothing} is spread over the whole vocabulary, but "
             "ModelConfig.pair_head has two labels: set it to 0"
         )
-    _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
 
 
 def check_streams(model: ModelConfig, task: Task | Mixture) -> None:

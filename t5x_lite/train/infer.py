@@ -43,7 +43,7 @@ def infer(
     mode_token: Literal["R", "S", "X"] | None = None,
     pooling: Literal["first", "last", "mean"] | None = None,
     candidates: int = 5,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     vocabulary: Vocabulary | None = None,
     batch_size: int = 32,
     max_input_tokens: int | None = None,
@@ -77,7 +77,7 @@ def infer(
       mode_token: UL2's, put before the inputs.
       pooling: of embed: "first", "last" or "mean"; None: the model's own, or the mean.
       candidates: how many tokens fill_mask names for each mask.
-      step: the checkpoint; None: the latest.
+      step: the checkpoint; None: the latest; "best": by the run's best_metric.
       vocabulary: None: the model's.
       batch_size: inputs asked together; the last batch is filled up.
       max_input_tokens: longer inputs are an error, with their number; None: 128, or what the model

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-from typing import Final
-
-import jax
+from typing import Final, Literal
 
 from t5x_lite import trees
 from t5x_lite.data.vocabularies import (
@@ -16,11 +13,9 @@ from t5x_lite.data.vocabularies import (
     Vocabulary,
 )
 from t5x_lite.decode.loaded import Loaded
-from t5x_lite.interop import hf_words, load_hf, load_peft, read_hf_config
+from t5x_lite.interop import hf_words, load_hf, load_peft
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
-from t5x_lite.models import transformer
 from t5x_lite.models.config import ModelConfig
-from t5x_lite.models.transformer import Transformer
 from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import run as runs
@@ -36,7 +31,7 @@ def open_model(
     path: str,
     *,
     adapter: str | None = None,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     vocabulary: Vocabulary | None = None,
     partitioner: Partitioner = Partitioner(),
 ) -> Loaded:
@@ -46,7 +41,8 @@ def open_model(
       path: a run's folder (a tuned run finds its base by itself), or Hugging Face's: config.json,
         safetensors, a tokenizer's files.
       adapter: a PEFT directory, or a run's folder that was tuned on the model in `path`.
-      step: the checkpoint, of the adapter if that is a run, else of `path`; None: the latest.
+      step: the checkpoint, of the adapter if that is a run, else of `path`; None: the latest;
+        "best": by the run's best_metric.
       vocabulary: None: the run's, or that of the tokenizer's files.
       partitioner: the mesh.
 
@@ -115,7 +111,9 @@ def _adapter_kind(path: str) -> str:
     )
 
 
-def _open_run(path: str, step: int | None, partitioner: Partitioner, *, merged: bool) -> Loaded:
+def _open_run(
+    path: str, step: int | Literal["best"] | None, partitioner: Partitioner, *, merged: bool
+) -> Loaded:
     run = runs.Run.read(path)
     session, trainable, frozen = runs.load(runs.RunCheckpoint(path, step), partitioner)
     combine = session.transform.merge if merged else session.transform.apply
@@ -135,7 +133,7 @@ def _of_run(run: runs.Run, session: Session, params: Params) -> Loaded:
 
 
 def _open_tuned(
-    path: str, kind: str, adapter: str, step: int | None, partitioner: Partitioner
+    path: str, kind: str, adapter: str, step: int | Literal["best"] | None, partitioner: Partitioner
 ) -> Loaded:
     """A tuned run on the model in `path`, wherever its base was when it was trained."""
     run = runs.Run.read(adapter)
@@ -144,18 +142,14 @@ def _open_tuned(
             f"'{adapter}' is no adapter: all of its parameters were trained; name it as the model"
         )
     session = Session(run.model, run.transform, partitioner, run.seed)
-    at, restore = None, () if run.base is None else run.base.restore
-    if kind == "run":
-        # The checkpoint that it was tuned on, for its base may have gone on; or what there is.
-        pinned = None if run.base is None else run.base.step
-        at = pinned if pinned in all_steps(path) else None
-        found: ModelConfig = runs.Run.read(path).model
-    else:
-        found = read_hf_config(path)
-    if not restore:
-        _check_shapes(adapter, run.model, path, found)
-    source = runs.RunCheckpoint(path, at, restore)
-    base = runs.load_params(source, run.model, partitioner, run.seed)
+    pinned, restore = (None, ()) if run.base is None else (run.base.step, run.base.restore)
+    # The checkpoint that it was tuned on, for its base may have gone on; or what there is.
+    at = pinned if kind == "run" and pinned in all_steps(path) else None
+    try:
+        source = runs.RunCheckpoint(path, at, restore)
+        base = runs.load_params(source, run.model, partitioner, run.seed)
+    except InputError as error:
+        raise InputError(f"the adapter '{adapter}' does not go on '{path}': {error}") from error
     frozen = session.split(base)[1]
     if trees.fingerprint(frozen) != run.base_fingerprint:
         raise InputError(
@@ -165,27 +159,6 @@ def _open_tuned(
         )
     trainable = runs.load_trainable(runs.RunCheckpoint(adapter, step), session)
     return _of_run(run, session, session.transform.apply(trainable, frozen))
-
-
-def _check_shapes(adapter: str, wanted: ModelConfig, path: str, found: ModelConfig) -> None:
-    if wanted.canonical() == found.canonical():
-        return
-    ours, theirs = (
-        {name: leaf.shape for name, leaf in trees.flatten(_structs(config)).items()}
-        for config in (wanted, found)
-    )
-    if ours != theirs:
-        name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
-        raise InputError(
-            f"the adapter '{adapter}' was tuned on another model than that in '{path}': its {name} "
-            f"is {ours.get(name)}, here it is {theirs.get(name)}"
-        )
-
-
-def _structs(config: ModelConfig) -> Params:
-    return jax.eval_shape(
-        functools.partial(transformer.init, Transformer(config)), jax.random.key(0)
-    )
 
 
 def _open_hf(path: str, vocabulary: Vocabulary | None, partitioner: Partitioner) -> Loaded:

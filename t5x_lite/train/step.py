@@ -64,15 +64,6 @@ class Loss:
             )
         return {**sums, "denominator": denominator, "tokens": count_tokens(batch)}
 
-    def check(self, batch: Batch) -> None:
-        """Raises InputError for regularisers of a batch that asks for no tokens or labels."""
-        for key in (types.MASKED_TARGET_VALUES, types.MASKED_TARGET_SPANS):
-            if key in batch and (self.z_loss or self.label_smoothing):
-                raise InputError(
-                    f"Loss(z_loss={self.z_loss}, label_smoothing={self.label_smoothing}) is for "
-                    f"tokens and labels, but the task asks for '{key}': set both to 0"
-                )
-
 
 def asked(batch: Batch) -> tuple[Array, Array, Array | None]:
     """What the model is asked: targets, weights, and segment ids or None, each `[rows, answers]`.

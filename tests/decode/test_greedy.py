@@ -72,7 +72,11 @@ def test_greedy_equals_recomputing_everything(seed):
     np.testing.assert_array_equal(decode(params, batch), expected)
 
 
-@pytest.mark.parametrize("config", [common.T5, common.GPT], ids=["t5", "gpt"])
+@pytest.mark.parametrize(
+    "config",
+    [common.T5, *(common.FAMILIES[name] for name in ("bart", "gpt2", "llama"))],
+    ids=["t5", "bart", "gpt2", "llama"],
+)
 def test_cached_logits_equal_uncached(config):
     model, params = common.build(config)
     batch = common.random_batch(config)
@@ -84,11 +88,11 @@ def test_cached_logits_equal_uncached(config):
     extend = jax.jit(lambda v, t, c: model.apply(v, t, c, method="extend"))
     start = batch | {types.DECODER_INPUT_TOKENS: tokens[:, :3]}
     logits, cache = prefill(variables, start)
-    np.testing.assert_allclose(logits, expected[:, :3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits, expected[:, :3], rtol=1e-5, atol=1e-5)
     for place in range(3, tokens.shape[1]):
         logits, cache = extend(variables, tokens[:, place : place + 1], cache)
         np.testing.assert_allclose(
-            logits[:, 0], expected[:, place], rtol=1e-4, atol=1e-5, err_msg=str(place)
+            logits[:, 0], expected[:, place], rtol=1e-5, atol=1e-5, err_msg=str(place)
         )
 
 

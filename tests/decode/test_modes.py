@@ -304,6 +304,10 @@ def test_a_score_is_the_sum_of_log_probabilities(prompt, fields, ids, targets):
 def test_what_is_scored_is_the_text_or_its_targets():
     row = mode("gpt2", "score").encode(item("7 8"))
     assert (row.ids.tolist(), row.targets.tolist()) == ([3], [7, 8])
+    row = mode("gpt2", "score", mode_token="R").encode(item("7 8", targets="9"))
+    assert (row.ids.tolist(), row.targets.tolist()) == ([3, 90, 7, 8], [9])
+    row = mode("t5_1_0", "score", T5, mode_token="R").encode(item("7 8", targets="9"))
+    assert (row.ids.tolist(), row.targets.tolist()) == ([90, 7, 8, 3], [9, 3])
     row = mode("bart", "score").encode(item("7 8", targets="9"))
     assert (row.ids.tolist(), row.targets.tolist()) == ([2, 7, 8, 3], [2, 9, 3])
     with pytest.raises(InputError, match="scores targets behind inputs, and this input has none"):

@@ -133,9 +133,8 @@ def test_the_prompt_is_read_once(monkeypatch):
     assert set(seen) == {(2, 7), (2, 2)}  # the last token of a choice predicts nothing
 
 
-@pytest.mark.parametrize(
-    ("prompt", "layout"), [slow("wrapped", as_decoder), ("prefix", as_prefix_lm)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("prompt", "layout"), [("wrapped", as_decoder), ("prefix", as_prefix_lm)])
 def test_a_decoder_that_answers_is_scored_as_its_layout_trains_it(prompt, layout):
     of = dataclasses.replace(loaded("gpt2"), asking=Asking(prompt=prompt))
     made = TextToText(BYTES)(BYTES.encode("a red "), BYTES.encode("fox"))

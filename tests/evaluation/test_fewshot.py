@@ -107,6 +107,7 @@ def test_calibration_takes_away_what_is_likely_without_content():
     np.testing.assert_allclose(same, [0.0, 0.0], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_calibrated_answers_come_from_prompts_with_the_same_shots():
     choose = Choose(choices=ANSWERS, calibration=Calibration(texts=("N/A", "")))
     (record,) = fewshot.answer(loaded(), task(answer=choose, limit=1), 2, batch_size=8)

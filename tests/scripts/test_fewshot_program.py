@@ -16,17 +16,26 @@ from tests import folders
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
-def test_your_own_questions_are_asked_as_the_page_says(tmp_path):
-    """Of a Hugging Face directory with random weights, in the place of the page's run."""
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    (tmp_path / "runs").mkdir()
-    folders.hugging_face("llama", tmp_path).rename(tmp_path / "runs" / "mine")
+PRELUDE = """
+set -euo pipefail
+python() {
+  case "$1" in
+    scripts/train.py) "$PYTHON" "$@" --gin.STEPS=2 ;;
+    scripts/study_in_context.py) "$PYTHON" "$@" --examples=16 --batch_size=8 --shots="(0, 3)" ;;
+    *) "$PYTHON" "$@" ;;
+  esac
+}
+"""
+
+
+def run(number: int, folder: Path) -> str:
+    """The output of the page's block `number`; training and the study are cut short."""
+    (folder / "scripts").symlink_to(ROOT / "scripts")
     page = (ROOT / "docs" / "in_context.md").read_text(encoding="utf-8")
-    (commands,) = re.findall(r"^```bash\n(.*?)^```", page, re.S | re.M)
+    commands = re.findall(r"^```bash\n(.*?)^```", page, re.S | re.M)[number]
     done = subprocess.run(
-        ["bash", "-c", 'set -euo pipefail\npython() { "$PYTHON" "$@"; }\n' + commands],
-        cwd=tmp_path,
+        ["bash", "-c", PRELUDE + commands],
+        cwd=folder,
         env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -34,7 +43,16 @@ def test_your_own_questions_are_asked_as_the_page_says(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "| my_questions, shots | examples | exact_match |" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_your_own_questions_are_asked_as_the_page_says(tmp_path):
+    """Of a Hugging Face directory with random weights, in the place of the page's run."""
+    (tmp_path / "runs").mkdir()
+    folders.hugging_face("llama", tmp_path).rename(tmp_path / "runs" / "mine")
+    printed = run(0, tmp_path)
+    assert "| my_questions, shots | examples | exact_match |" in printed
     written = tmp_path / "runs" / "my_questions"
     lines = (written / "predictions-2.jsonl").read_text(encoding="utf-8").splitlines()
     first = json.loads(lines[0])
@@ -43,3 +61,10 @@ def test_your_own_questions_are_asked_as_the_page_says(tmp_path):
     assert first["target"] == "white"
     rows = (written / "scores.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(row).get("shots") for row in rows] == [0, 1, 2, 4, None]
+
+
+@pytest.mark.slow
+def test_the_study_runs_as_the_page_says(tmp_path):
+    assert "| shots, mappings of pairs never seen | structured | control |" in run(1, tmp_path)
+    for name in ("in_context.png", "in_context.md", "in_context.jsonl"):
+        assert (tmp_path / "runs" / "in_context" / "study" / name).exists()

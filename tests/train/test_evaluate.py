@@ -15,6 +15,7 @@ from t5x_lite.data.pipeline import EvaluationBatches
 from t5x_lite.data.sources import JsonlSource
 from t5x_lite.data.tasks import Task
 from t5x_lite.data.vocabularies import ByteVocabulary
+from t5x_lite.decode.sampling import Sampling
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import evaluate
@@ -70,7 +71,7 @@ def evaluated(task, tmp_path_factory):
     batches = EvaluationBatches(task, batch_size=8)
     evaluations = [
         TeacherForced(name="held", batches=batches),
-        Generate(name="texts", batches=batches, max_tokens=6),
+        Generate(name="texts", batches=batches, max_tokens=6, strategy=Sampling(top_p=0.9)),
     ]
     traces = []
     with pytest.MonkeyPatch.context() as patch:

@@ -5,14 +5,13 @@ Shapes: b batch.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from t5x_lite import types
-from t5x_lite.data.objectives.base import wrap, wrap_targets
 from t5x_lite.decode import scoring
 from t5x_lite.decode.modes.base import Item, Row
 from t5x_lite.decode.modes.text import Generate
@@ -32,39 +31,33 @@ class Score(Generate):
         if not self._reads_apart:
             self.check(np.concatenate([found.context, found.continuation[:-1]]))
         scoring.check_lengths(self.loaded.model.config, found)
-        return Row(found.context, found.continuation)
+        return Row(found.context, found.continuation, notes=found)
 
     def _parts(self, item: Item) -> scoring.Item:
-        config, vocabulary = self.loaded.model.config, self.loaded.vocabulary
+        vocabulary = self.loaded.vocabulary
         text, targets = self.text(item), item.get("targets")
+        if targets is None and self._reads_apart:
+            raise InputError(
+                "an encoder-decoder scores targets behind inputs, and this input has none: "
+                "give a .jsonl file with fields 'inputs' and 'targets'"
+            )
         if targets is None:
-            if self._reads_apart:
-                raise InputError(
-                    "an encoder-decoder scores targets behind inputs, and this input has none: "
-                    "give a .jsonl file with fields 'inputs' and 'targets'"
-                )
-            start = np.array([vocabulary.start_id, *self._mode_ids], np.int32)
-            return scoring.Item(start, vocabulary.encode(text))
-        if self.prompt == "continue" and not self._reads_apart:
-            found = scoring.encode_pair(config, vocabulary, text, targets)
-            context = np.array([found.context[0], *self._mode_ids, *found.context[1:]], np.int32)
-            return scoring.Item(context, found.continuation)
-        context = self.read(wrap(vocabulary.encode(text), vocabulary))
-        return scoring.Item(context, wrap_targets(vocabulary.encode(targets), vocabulary))
+            start = np.array([vocabulary.start_id], np.int32)
+            found = scoring.Item(start, vocabulary.encode(text))
+        else:
+            asking = dataclasses.replace(self.loaded.asking, prompt=self.prompt)
+            asked = dataclasses.replace(self.loaded, asking=asking)
+            found = scoring.make_item(asked, text, targets)
+        # UL2's mode stands before the text: behind a decoder's start.
+        place = 0 if self._reads_apart else 1
+        context: np.ndarray = np.insert(
+            found.context, [place] * len(self._mode_ids), self._mode_ids
+        )
+        return dataclasses.replace(found, context=context.astype(np.int32))
 
     def rows(self, rows: Sequence[Row | None], length: int) -> dict[str, np.ndarray]:
-        items = [
-            scoring.Item(row.ids, row.targets)
-            for row in rows
-            if row is not None and row.targets is not None
-        ]
-        batch = scoring.item_rows(self.loaded, items, len(rows))
-        if self.prompt == "prefix" and not self._reads_apart:
-            prefix: np.ndarray = np.zeros_like(batch[types.DECODER_INPUT_TOKENS])
-            for place, item in enumerate(items):
-                prefix[place, : len(item.context)] = 1
-            batch[types.DECODER_PREFIX] = prefix
-        return batch
+        items = [row.notes for row in rows if row is not None]
+        return scoring.item_rows(self.loaded, items, len(rows))
 
     def compute(self, params: Params, batch: Batch, numbers: Array) -> Any:
         return scoring.score_rows(self.loaded.model, params, batch)
