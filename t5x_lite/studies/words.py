@@ -101,7 +101,7 @@ def study_words(
     Returns:
       What was written.
     """
-    console = console or Console()
+    console = console or Console(width=max(Console().width, 110))
     pairs = {name: read_judged(given) for name, given in judged.items()}
     baseline = WordVectors.read(vectors)
     asked = {word for line in ODD for word in line} | set(queries)
