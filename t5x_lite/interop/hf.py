@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -228,7 +227,7 @@ def _read_config(architecture: Architecture, settings: Settings, tensors: Tensor
 
 
 def _structs(model: transformer.Transformer) -> Params:
-    return jax.eval_shape(functools.partial(transformer.init, model), jax.random.key(0))
+    return transformer.shapes(model)
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:

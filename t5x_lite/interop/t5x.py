@@ -6,7 +6,6 @@ files, layers one by one and scanned, encoder-decoders and decoders; see `t5x_fi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -200,7 +199,7 @@ def shapes_and_names(
     model: Transformer,
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str, ...]]]:
     """The model's parameters by path: shapes, and the names of their axes."""
-    shapes = jax.eval_shape(functools.partial(transformer.init, model), jax.random.key(0))
+    shapes = transformer.shapes(model)
     names = trees.flatten(transformer.axes(model), is_leaf=lambda leaf: isinstance(leaf, tuple))
     return trees.flatten(shapes), names
 

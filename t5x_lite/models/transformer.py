@@ -8,6 +8,7 @@ Shapes: b batch, l length, s slots, e embed, v vocab (or labels).
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -277,10 +278,20 @@ def init(model: Transformer, rng: Array) -> Params:
     return nn.unbox(model.init({"params": rng}, dummy_batch(model.config))["params"])
 
 
+def shapes(model: Transformer) -> Params:
+    """The parameters as a tree of `jax.ShapeDtypeStruct`."""
+    return nn.unbox(_traced(model))
+
+
 def axes(model: Transformer) -> Params:
     """A tree like the parameters whose leaves are tuples of logical axis names."""
-    boxed = jax.eval_shape(model.init, jax.random.key(0), dummy_batch(model.config))["params"]
-    specs = nn.get_partition_spec(boxed)
+    specs = nn.get_partition_spec(_traced(model))
     return jax.tree.map(
         tuple, specs, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(model: Transformer) -> Params:
+    """Shapes in boxes that name their axes; traced once a model, for that takes seconds."""
+    return jax.eval_shape(model.init, jax.random.key(0), dummy_batch(model.config))["params"]

@@ -47,7 +47,7 @@ class Session:
     @functools.cached_property
     def base_shapes(self) -> Params:
         """Base parameters as `jax.ShapeDtypeStruct` with shardings. InputError: does not divide."""
-        shapes = jax.eval_shape(functools.partial(transformer.init, self.model), self._key(0))
+        shapes = transformer.shapes(self.model)
         return _with_shardings(shapes, self.partitioner.tree_shardings(shapes, self.names))
 
     @functools.cached_property
