@@ -18,6 +18,7 @@ from t5x_lite.decode import scoring
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.prompts import pad_left
 from t5x_lite.decode.scoring import Item, Measured, Score
+from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.types import Array, Batch, InputError, Params
 
@@ -91,8 +92,7 @@ def score_alternatives(
     for items in questions:
         for item in items:
             scoring.check_lengths(config, item)
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i][0].context), reverse=True)
-    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    parts = _parts(config, questions, batch_size)
     most = max((len(items) for items in questions), default=0)
     score, local = (
         _program(loaded.model, partitioner.replicated),
@@ -114,6 +114,27 @@ def score_alternatives(
             found = (column[row, :count] for column in columns)
             scores[index] = list(scoring.as_scores(tuple(found)))
     return scores
+
+
+def _parts(config: ModelConfig, questions: Sequence[Sequence[Item]], size: int) -> list[list[int]]:
+    """Batches of questions, the longest contexts first.
+
+    In each, a row holds the longest context and behind it the longest choice, be it another's.
+    """
+    assert config.decoder is not None
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i][0].context), reverse=True)
+    room = None if config.encoder is not None else scoring.limit(config.decoder)
+    parts: list[list[int]] = []
+    longest = written = 0
+    for i in order:
+        own = max(len(item.continuation) for item in questions[i])
+        written = max(written, own)
+        full = not parts or len(parts[-1]) == size
+        if full or (room is not None and longest + written - 1 > room):
+            parts.append([])
+            longest, written = len(questions[i][0].context), own
+        parts[-1].append(i)
+    return parts
 
 
 def _rows(

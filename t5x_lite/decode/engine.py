@@ -203,7 +203,8 @@ class Engine:
         numbers: dict[int, int] = {}
         answers: dict[int, list[int]] = collections.defaultdict(list)
         while True:
-            room = 2 * self._slots - self.pending
+            # One at least, or others' requests would end this before it began.
+            room = max(2 * self._slots - self.pending, 0 if numbers else 1)
             for number, request in (next(source, (None, None)) for _ in range(room)):
                 if number is None or request is None:
                     break
@@ -307,7 +308,8 @@ class Engine:
         """
         real = (jnp.arange(tokens.shape[1]) < length).astype(jnp.int32)
         real = jnp.broadcast_to(real[None], tokens.shape)
-        batch = {types.DECODER_INPUT_TOKENS: tokens}
+        # Segments keep padding out of the positions, on which Rotary's DynamicScaling depends.
+        batch = {types.DECODER_INPUT_TOKENS: tokens, types.DECODER_SEGMENT_IDS: real}
         if self._reads_apart:
             wide = ((0, 0), (0, bucket - tokens.shape[1]))
             batch = {
@@ -324,7 +326,12 @@ class Engine:
         before = jnp.zeros(1, jnp.int32) if self._reads_apart else length[None] - 1
         rows = jax.tree.map(lambda x: x[:1], (cache.layers, cache.memory_segment_ids))
         return dataclasses.replace(
-            cache, layers=rows[0], memory_segment_ids=rows[1], index=before, positions=before
+            cache,
+            layers=rows[0],
+            segment_ids=None,  # the padding's places are written over
+            memory_segment_ids=rows[1],
+            index=before,
+            positions=before,
         )
 
     @property

@@ -245,6 +245,7 @@ def penalise(logits: Array, seen: Array, penalty: Limit) -> Array:
 def keep_top_k(logits: Array, k: Limit) -> Array:
     """The k highest logits of each row, and those equal to the lowest of them; others -inf."""
     if isinstance(k, int):
+        k = min(k, logits.shape[-1])
         return jnp.where(logits >= jax.lax.top_k(logits, k)[0][:, -1:], logits, _NEVER)
     return _keep_most(logits, jnp.ones_like(logits), _column(k))
 

@@ -275,8 +275,11 @@ def item_rows(loaded: Loaded, items: Sequence[Item], rows: int) -> dict[str, np.
         np.ones(len(item.context) * item.both_ways, np.int32) for item in items
     ]
     prefix = {types.DECODER_PREFIX: padded(both, rows, width)[0]} if any(map(len, both)) else {}
+    last = np.array([len(ids) - 1 for ids in inputs] + [0] * (rows - len(inputs)), np.int32)
     return {
         **prefix,
+        # Padding adds no length: Rotary's DynamicScaling depends on the last position.
+        types.DECODER_POSITIONS: np.minimum(np.arange(width, dtype=np.int32), last[:, None]),
         # Behind a row's end comes what a causal decoder can't see.
         types.DECODER_INPUT_TOKENS: padded(inputs, rows, width)[0],
         types.MASKED_POSITIONS: padded(places, rows, slots)[0],

@@ -72,6 +72,25 @@ def with_intervals(
     return found
 
 
+def measure_all(
+    metrics: Sequence[Metric], targets: Sequence[Any], predictions: Sequence[Any], samples: int
+) -> dict[str, float]:
+    """All metrics' values, with intervals if `samples` is not 0. InputError: two of one name."""
+    scores: dict[str, float] = {}
+    for metric in metrics:
+        if samples:
+            found = with_intervals(metric, targets, predictions, samples=samples)
+        else:
+            found = metric(targets, predictions)
+        if twice := scores.keys() & found.keys():
+            raise InputError(
+                f"two of the task's metrics give '{min(twice)}': keep one of them, or put the "
+                "other in a task of its own"
+            )
+        scores |= found
+    return scores
+
+
 def bootstrap_difference(
     metric: Metric,
     targets: Sequence[Any],

@@ -314,8 +314,9 @@ def calibrated(scores: np.ndarray, without_content: np.ndarray) -> np.ndarray:
 
     q is the mean of the softmax of each of the scores `[texts, choices]` without content.
     """
-    expected = np.mean(np.exp(_log_softmax(without_content)), axis=0)
-    return _log_softmax(scores) - np.log(expected)
+    # In logarithms throughout: a long answer's probability is below float64's range.
+    expected = np.logaddexp.reduce(_log_softmax(without_content), axis=0)
+    return _log_softmax(scores) - (expected - np.log(len(without_content)))
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from t5x_lite.types import InputError
 
 _NO_LIMIT = 2048  # tokens of a row where a model's positions have no end, as the harness has it
 _NEW_TOKENS = 256  # where a task doesn't say, as the harness has it
+_ONLY = {"num_beams": 1, "num_beam_groups": 1, "no_repeat_ngram_size": 0}
 _MOST_NEW = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # What the harness asks besides the context's and the continuation's text: their ids.
 Asked = tuple[Any, list[int], list[int]]
@@ -138,12 +139,19 @@ class HarnessModel(TemplateLM):
         return [found[i] for i in range(len(items))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
-        """Log-likelihoods of whole documents in nats, in rows that overlap by one token."""
+        """Log-likelihoods of whole documents in nats, in rows that overlap by one token.
+
+        The start token stands before the first row and is not scored. (The harness's `hf` class
+        scores it where the tokenizer puts it in, as Llama's does.)
+        """
         if self.backend != "causal":
             raise InputError("rolling log-likelihood needs a decoder alone; this has an encoder")
         parts = [
             scoring.windows(
-                np.asarray(self.tok_encode(request.args[0])), self.prefix_token_id, self.max_length
+                # Without the start, which `windows` puts before the first row.
+                np.asarray(self.tok_encode(request.args[0], add_special_tokens=False), np.int32),
+                self.prefix_token_id,
+                self.max_length,
             )
             for request in requests
         ]
@@ -193,7 +201,13 @@ class HarnessModel(TemplateLM):
 
 
 def strategy_of(kind: dict[str, Any]) -> Greedy | Sampling:
-    """What a task's `generation_kwargs` ask for, as Hugging Face reads them."""
+    """What a task's `generation_kwargs` ask for, as Hugging Face reads them.
+
+    Raises InputError for what would be computed otherwise than asked.
+    """
+    unread = {name: kind[name] for name, value in _ONLY.items() if kind.get(name, value) != value}
+    if unread:
+        raise InputError(f"the task's generation_kwargs ask for {unread}, which is not computed")
     temperature = float(kind.get("temperature") or 0.0)
     penalty = float(kind.get("repetition_penalty", 1.0))
     if not kind.get("do_sample", temperature > 0.0):

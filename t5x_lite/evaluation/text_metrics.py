@@ -142,7 +142,12 @@ def normalize_answer(text: str) -> str:
 
 
 def _overlap(target: str, prediction: str) -> float:
-    """F1 of the bags of words; 0 without a word in common."""
+    """F1 of the bags of words; 0 without a word in common.
+
+    Where one has no words, there is no answer: 1 if the other has none either (SQuAD 2.0's scorer).
+    """
     wanted, found = target.split(), prediction.split()
+    if not wanted or not found:
+        return float(wanted == found)
     common = sum((collections.Counter(wanted) & collections.Counter(found)).values())
     return 2.0 * common / (len(wanted) + len(found)) if common else 0.0

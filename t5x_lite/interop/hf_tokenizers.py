@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from typing import Final
+
+from tokenizers import Tokenizer, processors
 
 from t5x_lite.data.vocabularies import (
     ByteVocabulary,
@@ -13,6 +16,7 @@ from t5x_lite.data.vocabularies import (
     Vocabulary,
 )
 from t5x_lite.interop import safetensors_files as files
+from t5x_lite.models.config import ModelConfig
 from t5x_lite.types import InputError
 
 _SENTENCE_PIECES: Final = ("spiece.model", "tokenizer.model")  # T5's name, and Llama's
@@ -23,20 +27,29 @@ def find_vocabulary(directory: str) -> Vocabulary:
     """The vocabulary of a model's directory, sentinels as the model was published with.
 
     A SentencePiece file counts before others. What a decoder's input begins with is taken from
-    `config.json` where it says so. Raises InputError if the directory holds no tokenizer's file.
+    `config.json` where it says so: `decoder_start_token_id`, or of a decoder alone `bos_token_id`.
+    Raises InputError if the directory holds no tokenizer's file.
     """
-    start = _read(directory, "config.json").get("decoder_start_token_id")
+    settings = _read(directory, "config.json")
+    start = settings.get("decoder_start_token_id")
+    if start is None and re.search("ForCausalLM|LMHeadModel", str(settings.get("architectures"))):
+        start = settings.get("bos_token_id")
     vocabulary = _make(directory, None)
-    if start is None or start == vocabulary.start_id or isinstance(vocabulary, ByteVocabulary):
+    if not isinstance(start, int) or start == vocabulary.start_id:
         return vocabulary
-    return _make(directory, vocabulary.piece(int(str(start))))
+    if isinstance(vocabulary, ByteVocabulary) or not 0 <= start < vocabulary.size:
+        return vocabulary
+    return _make(directory, vocabulary.piece(start))
 
 
-def save_vocabulary(directory: str, vocabulary: Vocabulary) -> None:
+def save_vocabulary(directory: str, vocabulary: Vocabulary, config: ModelConfig) -> None:
     """Writes the vocabulary's file and a `tokenizer_config.json` with its special tokens.
 
-    The inverse of `find_vocabulary`, for a directory with the model's `config.json`.
+    The inverse of `find_vocabulary`, for a directory with the model's `config.json`. What
+    transformers' tokenizer puts around a text is what the model was trained on: `[bos] text eos`,
+    or before a decoder alone its start.
     """
+    decoder_alone = config.encoder is None
     specials: dict[str, object] = {  # null: there is none, whatever the file's look suggests
         name: None if token is None else vocabulary.piece(token)
         for name, token in (
@@ -51,18 +64,39 @@ def save_vocabulary(directory: str, vocabulary: Vocabulary) -> None:
     match vocabulary:
         case ByteVocabulary(extra_ids=extra_ids):
             kind, specials = "ByT5Tokenizer", {"extra_ids": extra_ids}
-        case SentencePieceVocabulary(path=path, extra_ids=0):  # as Llama's file is called
-            kind = "LlamaTokenizer"
-            shutil.copyfile(path, os.path.join(directory, "tokenizer.model"))
+        case SentencePieceVocabulary(path=path, extra_ids=extra_ids) if decoder_alone:
+            start = {"bos_token": vocabulary.piece(vocabulary.start_id), "add_bos_token": True}
+            kind, specials = "LlamaTokenizer", {**specials, **start, "extra_ids": extra_ids}
+            shutil.copyfile(path, os.path.join(directory, "tokenizer.model"))  # Llama's name
         case SentencePieceVocabulary(path=path, extra_ids=extra_ids):
             kind, specials = "T5Tokenizer", {**specials, "extra_ids": extra_ids}
             shutil.copyfile(path, os.path.join(directory, "spiece.model"))
         case _:
-            kind = "PreTrainedTokenizerFast"
-            vocabulary.stored(os.path.join(directory, "tokenizer.json"))
+            kind, path = "PreTrainedTokenizerFast", os.path.join(directory, "tokenizer.json")
+            vocabulary.stored(path)
+            _wrap_texts(path, vocabulary, decoder_alone)
     files.write_json(
         os.path.join(directory, "tokenizer_config.json"), {"tokenizer_class": kind, **specials}
     )
+
+
+def _wrap_texts(path: str, vocabulary: Vocabulary, decoder_alone: bool) -> None:
+    """Gives a `tokenizer.json` that puts nothing around texts what the model expects there."""
+    tokenizer = Tokenizer.from_file(path)
+    if not isinstance(tokenizer.post_processor, processors.ByteLevel | None):
+        return
+    if decoder_alone:
+        before, after = [vocabulary.start_id], []
+    else:
+        before = [] if vocabulary.bos_id is None else [vocabulary.bos_id]
+        after = [vocabulary.eos_id]
+    first, last = ([vocabulary.piece(token) for token in part] for part in (before, after))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", *last, "$B:1", *(f"{piece}:1" for piece in last)],
+        special_tokens=[(vocabulary.piece(token), token) for token in {*before, *after}],
+    )
+    tokenizer.save(path)
 
 
 def _make(directory: str, start_token: str | None) -> Vocabulary:

@@ -51,6 +51,11 @@ def num_labels(settings: Settings, default: int = 2) -> int:
     return len(settings.get("id2label") or ()) or settings.get("num_labels") or default
 
 
+def unnamed(labels: Sequence[str]) -> bool:
+    """Whether these are names that stand for none: LABEL_0, LABEL_1, ..."""
+    return tuple(labels) == tuple(f"LABEL_{index}" for index in range(len(labels)))
+
+
 def write_labels(names: Sequence[str]) -> dict[str, Any]:
     return {
         "id2label": {str(index): name for index, name in enumerate(names)},

@@ -43,7 +43,7 @@ class Body:
         kinds = typing.get_type_hints(cls)
         for name in record:
             if name not in kinds:
-                raise InputError(f"the field '{name}' is unknown; known are: {', '.join(kinds)}")
+                raise InputError(f"the field {name!a} is unknown; known are: {', '.join(kinds)}")
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             if field.name not in record and field.default is dataclasses.MISSING:
                 raise InputError(f"the field '{field.name}' is missing")

@@ -12,6 +12,7 @@ from t5x_lite.decode.loaded import Loaded
 from t5x_lite.serving.hosting import BASE, Host, share
 from t5x_lite.serving.worker import Worker
 from t5x_lite.sharding import Partitioner
+from t5x_lite.train import run as runs
 from t5x_lite.train.opening import open_model
 from t5x_lite.types import InputError
 
@@ -114,7 +115,9 @@ def open_all(
     models = {BASE: base}
     for name, folder in adapters.items():
         try:
-            tuned = open_model(model_dir, adapter=folder, partitioner=partitioner)
+            # A run that was tuned has steps of its own, and names its base's.
+            own = None if os.path.exists(os.path.join(folder, runs.FILE)) else step
+            tuned = open_model(model_dir, adapter=folder, step=own, partitioner=partitioner)
         except InputError as error:
             raise InputError(f"adapter '{name}': {error}") from error
         models[name] = dataclasses.replace(tuned, params=share(base.params, tuned.params))

@@ -126,6 +126,7 @@ class Worker:
             logging.exception("the thread of the model has stopped")
             self._stopped = repr(error)
         finally:
+            self._stopped = self._stopped or "ended"
             self._give_up()
 
     def _take(self) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from t5x_lite.types import InputError
@@ -18,7 +18,10 @@ def read_items(path: str) -> Iterator[dict[str, Any]]:
     Raises InputError for a file that is not there, empty, not UTF-8, or not what its name says.
     """
     if path == "-":
-        yield from ({"inputs": line.rstrip("\n")} for line in sys.stdin)
+        try:
+            yield from ({"inputs": line.rstrip("\n")} for line in sys.stdin)
+        except UnicodeDecodeError as error:
+            raise InputError("standard input is not UTF-8") from error
         return
     try:
         with open(path, encoding="utf-8") as file:
@@ -39,6 +42,7 @@ def read_items(path: str) -> Iterator[dict[str, Any]]:
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()  # no half of a surrogate pair
     except ValueError:
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("inputs"), str):
@@ -49,15 +53,38 @@ def _record(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def finished_lines(output: str) -> int:
-    """Whole lines in a half-written output; a torn last line is cut off."""
+def finished_lines(output: str, items: Sequence[Mapping[str, Any]] | None = None) -> int:
+    """Whole lines in a half-written output; a torn last line is cut off.
+
+    Raises InputError, and changes nothing, where those are no answers to the first of `items`
+    (None: to whatever was asked).
+    """
     if output == "-" or not os.path.exists(output):
         return 0
-    with open(output, "rb+") as file:
-        content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        file.truncate(len(whole))
-    return whole.count(b"\n")
+    try:
+        with open(output, "rb+") as file:
+            content = file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            lines = whole.splitlines()
+            if not _answers(lines, items) or content[len(whole) :][:1] not in (b"", b"{"):
+                raise InputError(
+                    f"infer.output '{output}' holds something else than the first answers to "
+                    "this input: name another file, or remove it"
+                )
+            if len(whole) < len(content):
+                file.truncate(len(whole))
+    except OSError as error:
+        raise InputError(f"can't write infer.output '{output}': {error.strerror}") from error
+    return len(lines)
+
+
+def _answers(lines: Sequence[bytes], items: Sequence[Mapping[str, Any]] | None) -> bool:
+    """Whether a file's lines answer the first of the items."""
+    try:
+        asked = [json.loads(line)["inputs"] for line in lines]
+    except (ValueError, TypeError, KeyError):
+        return False
+    return items is None or asked == [item["inputs"] for item in items[: len(asked)]]
 
 
 @contextlib.contextmanager

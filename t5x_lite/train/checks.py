@@ -120,6 +120,13 @@ def check_streams(model: ModelConfig, task: Task | Mixture) -> None:
             )
     for one in task.tasks:
         check_head(model, one)
+        types = 0 if model.encoder is None else model.encoder.num_token_types
+        if "token_types" in one.objective.makes and types == 1:
+            raise InputError(
+                f"task '{one.name}': {type(one.objective).__name__} gives a pair's second text "
+                "token type 1, but the model has one type, as RoBERTa: set the objective's "
+                "between=2, for two eos between the texts and no types"
+            )
     pairs = any(getattr(one.objective, "one_a_row", False) for one in task.tasks)
     if pairs != (model.pair_head is not None):
         raise InputError(
@@ -174,6 +181,11 @@ def check_evaluations(model: ModelConfig, evaluations: Sequence[Evaluation]) -> 
             )
         if not isinstance(evaluation, Generate):
             continue
+        if task.chunk is None and "targets" not in task.objective.features:
+            raise InputError(
+                f"evaluation '{evaluation.name}' generates, but the records of task '{task.name}' "
+                "have no targets to score by: use TeacherForced"
+            )
         if evaluation.max_tokens < 1:
             raise InputError(
                 f"evaluation '{evaluation.name}': Generate.max_tokens={evaluation.max_tokens}: "

@@ -209,7 +209,7 @@ def _save_hf(
     vocabulary, labels = (None, ()) if run is None else (run.vocabulary, run.labels)
     save_hf(output, network, params, tokenizer=tokenizer, vocabulary=vocabulary, labels=labels)
     if tokenizer is None and vocabulary is not None and jax.process_index() == 0:
-        save_vocabulary(output, vocabulary)
+        save_vocabulary(output, vocabulary, network.config)
 
 
 def _run_to_peft(

@@ -21,7 +21,7 @@ from t5x_lite.data.vocabularies import Vocabulary, count_bytes
 from t5x_lite.decode import prompts
 from t5x_lite.decode.generate import generate
 from t5x_lite.decode.sampling import Greedy, Strategy
-from t5x_lite.evaluation.bootstrap import with_intervals
+from t5x_lite.evaluation.bootstrap import measure_all
 from t5x_lite.train.label_evaluation import Label
 from t5x_lite.train.losses import MEANS
 from t5x_lite.train.session import Session
@@ -233,15 +233,12 @@ def score_records(
             return clean(target)
         return [clean(text) for text in target] if isinstance(target, list | tuple) else target
 
-    targets = [cleaned(record.get("references", record["targets"])) for record in records]
+    targets = [
+        cleaned(record["references"] if "references" in record else record["targets"])
+        for record in records
+    ]
     predicted = [clean(record["prediction"]) for record in records]
-    scores: dict[str, float] = {}
-    for metric in task.metrics:
-        if resamples:
-            scores |= with_intervals(metric, targets, predicted, samples=resamples)
-        else:
-            scores |= metric(targets, predicted)
-    return scores
+    return measure_all(task.metrics, targets, predicted, resamples)
 
 
 def target_bytes(batch: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> np.ndarray:
@@ -259,5 +256,10 @@ def write_jsonl(path: str, records: Iterable[dict[str, Any]]) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False, default=_plain) + "\n")
     os.replace(path + ".tmp", path)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: arrays as lists, all else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

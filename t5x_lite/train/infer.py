@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -114,8 +114,11 @@ def infer(
     if input == "-" and sys.stdin.isatty():
         return _converse(made, output)
     asker = Asker(made, batch_size)
-    done = asked.finished_lines(output)
-    items = list(itertools.islice(asked.read_items(input), done, None))
+    if os.path.exists(input) and os.path.exists(output) and os.path.samefile(input, output):
+        raise InputError(f"infer.output '{output}' is infer.input: name another file")
+    items = list(asked.read_items(input))
+    done = asked.finished_lines(output, items)
+    items = items[done:]
     rows = [_encode(made, item, number) for number, item in enumerate(items, start=done + 1)]
     quiet = jax.process_index() != 0
     console = Console(file=sys.stderr)

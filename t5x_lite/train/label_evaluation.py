@@ -10,7 +10,7 @@ import numpy as np
 
 from t5x_lite.data.objectives.base import is_labelled
 from t5x_lite.data.pipeline import EvaluationBatches
-from t5x_lite.evaluation.bootstrap import with_intervals
+from t5x_lite.evaluation.bootstrap import measure_all
 from t5x_lite.types import InputError
 
 
@@ -66,10 +66,4 @@ class Label:
         targets, predictions = (
             [clean(record[name]) for record in records] for name in ("target", "prediction")
         )
-        scores: dict[str, float] = {}
-        for metric in task.metrics:
-            if self.resamples:
-                scores |= with_intervals(metric, targets, predictions, samples=self.resamples)
-            else:
-                scores |= metric(targets, predictions)
-        return scores
+        return measure_all(task.metrics, targets, predictions, self.resamples)

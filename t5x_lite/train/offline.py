@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 
+from t5x_lite.interop.settings import unnamed
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import checks, writers
 from t5x_lite.train import run as runs
@@ -47,6 +48,12 @@ def evaluate_run(
             raise InputError(
                 f"evaluation '{evaluation.name}': its vocabulary is not the one that "
                 f"'{model_dir}' was trained with; use '{model_dir}/{runs.VOCABULARY_FILE}'"
+            )
+        labels = evaluation.batches.task.labels
+        if run.labels and not unnamed(run.labels) and labels != run.labels:
+            raise InputError(
+                f"evaluation '{evaluation.name}' has the labels {labels}, but '{model_dir}' was "
+                f"trained with {run.labels}: their names and order must agree"
             )
     checks.check_evaluations(run.model, evaluations)
     steps = all_steps(model_dir) if step == "all" else [find_step(model_dir, step)]

@@ -27,7 +27,8 @@ from t5x_lite.data.vocabularies import (
     Vocabulary,
 )
 from t5x_lite.decode.asking import Asking
-from t5x_lite.interop.hf import load_hf
+from t5x_lite.interop import choice
+from t5x_lite.interop.hf import load_hf, read_hf_config
 from t5x_lite.models import config_heads, config_positions
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.peft.lora import LoRA
@@ -161,6 +162,8 @@ def load_params(
     shapes differ, where there is no checkpoint, or where a tuned run's base is no longer what it
     was tuned on.
     """
+    if not source.restore:
+        _check_same(source, config)
     if source.is_hf:
         found = load_hf(source.model_dir, partitioner=partitioner, param_dtype=config.param_dtype)[
             1
@@ -173,6 +176,17 @@ def load_params(
             return found
     target = Session(config, partitioner=partitioner, seed=seed)
     return initial.fill(target, found, source.restore, source.model_dir)
+
+
+def _check_same(source: RunCheckpoint, config: ModelConfig) -> None:
+    """Raises InputError where weights would be read into a model that computes something else."""
+    theirs = read_hf_config(source.model_dir) if source.is_hf else Run.read(source.model_dir).model
+    if different := choice.differences(choice.essence(theirs), choice.essence(config)):
+        raise InputError(
+            f"the weights in '{source.model_dir}' are of another model than this one: "
+            f"{', '.join(different)}. Take that folder's own, @run_model(), or say with "
+            "RunCheckpoint.restore what is to be read from where"
+        )
 
 
 def load(

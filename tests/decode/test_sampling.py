@@ -166,3 +166,11 @@ def test_strategies_that_make_no_sense(make, message):
     with pytest.raises(InputError, match=message):
         make()
     assert len({Greedy(), Sampling(), BeamSearch(), Greedy()}) == 3
+
+
+def test_a_limit_above_the_vocabulary_is_none():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7)), jnp.float32)
+    unlimited, limited = (
+        np.asarray(ADJUST(logits, None, Sampling(top_k=k))) for k in (None, 100_000)
+    )
+    np.testing.assert_array_equal(limited, unlimited)

@@ -16,7 +16,7 @@ from t5x_lite.data.objectives import TextToText
 from t5x_lite.data.vocabularies import ByteVocabulary
 from t5x_lite.decode import scoring
 from t5x_lite.decode.asking import Asking
-from t5x_lite.decode.choices import choices, score_choices
+from t5x_lite.decode.choices import choices, score_alternatives, score_choices
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.scoring import Item
 from t5x_lite.sharding import Partitioner
@@ -215,3 +215,19 @@ def test_what_cannot_be_scored_is_said_before_compiling():
     model = dataclasses.replace(of, model=type(of.model)(bert))
     with pytest.raises(InputError, match="encoder alone"):
         scoring.loglikelihood(model, [], batch_size=8)
+
+
+def test_questions_share_a_batch_only_where_all_of_them_fit():
+    """A row holds the batch's longest context and behind it the longest choice of any question."""
+    one = loaded("gpt2")
+    sizes = ((20, 2), (6, 26), (30, 3), (3, 3))  # of 32 positions
+    questions = [
+        [Item(np.full(context, 9, np.int32), np.full(written, 10 + c, np.int32)) for c in range(2)]
+        for context, written in sizes
+    ]
+    found = score_alternatives(one, questions, batch_size=8)
+    for question, scores in zip(questions, found, strict=True):
+        alone = scoring.score_items(one, question, batch_size=8)
+        np.testing.assert_allclose(
+            [s.logprob for s in scores], [s.logprob for s in alone], rtol=1e-4
+        )

@@ -7,7 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from t5x_lite.evaluation.bootstrap import bootstrap, bootstrap_difference, with_intervals
+from t5x_lite.evaluation.bootstrap import (
+    bootstrap,
+    bootstrap_difference,
+    measure_all,
+    with_intervals,
+)
 from t5x_lite.evaluation.metrics import bleu, chrf, exact_match
 from t5x_lite.types import InputError
 
@@ -111,3 +116,12 @@ def test_what_cannot_be_resampled_is_named():
         bootstrap(exact_match, ["a"], ["a"], level=95)
     with pytest.raises(InputError, match="samples=0"):
         bootstrap(exact_match, ["a"], ["a"], samples=0)
+
+
+def test_two_metrics_of_one_name_are_refused():
+    def share(targets, predictions):
+        return {"share": 1.0}
+
+    assert measure_all([share], ["a"], ["a"], 0) == {"share": 1.0}
+    with pytest.raises(InputError, match="two of the task's metrics give 'share'"):
+        measure_all([share, share], ["a"], ["a"], 0)

@@ -153,3 +153,8 @@ def test_mistakes_in_a_task_are_named():
         fewshot.prompts(task(answer=Choose(choices=ANSWERS, target_field="text")), 1)
     with pytest.raises(InputError, match=r"Choose\.per='word'"):
         Choose(per="word")
+
+
+def test_calibration_by_what_is_all_but_impossible_is_finite():
+    found = fewshot.calibrated(np.array([-10.0, -900.0]), np.array([[-10.0, -900.0]]))
+    np.testing.assert_allclose(found, [0.0, 0.0], atol=1e-9)

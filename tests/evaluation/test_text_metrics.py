@@ -106,3 +106,8 @@ def test_entities_count_with_their_type_and_their_number():
         "f1": pytest.approx(40),
     }
     assert entity_f1(["none"], ["none"])["f1"] == 0.0
+
+
+def test_no_answer_is_an_answer():
+    assert squad([[""]], [""]) == {"em": 100.0, "f1": 100.0}
+    assert squad([[""], ["an oak"]], ["oak", ""]) == {"em": 0.0, "f1": 0.0}

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from tokenizers import Tokenizer
 
 from t5x_lite import trees
+from t5x_lite.data.objectives.base import wrap
 from t5x_lite.data.vocabularies import (
     ByteVocabulary,
     train_byte_level,
@@ -139,6 +141,11 @@ def test_special_tokens_are_the_vocabularys_own(family, tmp_path):
     assert found.fingerprint == vocabulary.fingerprint
     for name in ("pad_id", "eos_id", "bos_id", "mask_id", "start_id", "num_sentinels"):
         assert getattr(found, name) == getattr(vocabulary, name), name
+    if (tmp_path / "hf/tokenizer.json").exists():  # transformers reads texts as training does
+        ids = vocabulary.encode(TEXTS[7])
+        expected = wrap(ids, vocabulary) if config.encoder else [vocabulary.start_id, *ids]
+        tokenizer = Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))
+        assert tokenizer.encode(TEXTS[7]).ids == list(expected)
 
 
 def test_a_padding_token_that_moves_positions_is_refused(tmp_path):

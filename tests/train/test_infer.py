@@ -344,3 +344,21 @@ def test_a_vocabulary_may_be_named(made, tmp_path):
     assert found.vocabulary == vocabulary
     small = open_model(made("gpt2"), partitioner=harness.one_device()).vocabulary
     assert small.size == found.model.config.vocab_size
+
+
+def test_no_file_of_somebody_elses_is_touched(made, tmp_path):
+    model = made("gpt2")
+    (tmp_path / "in.txt").write_text("alpha beta\ngamma")
+    (tmp_path / "notes.jsonl").write_text("precious")
+    (tmp_path / "other.jsonl").write_text('{"inputs": "delta", "prediction": "x"}\n')
+    for name in ("in.txt", "notes.jsonl", "other.jsonl"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(InputError, match=r"is infer\.input|holds something else"):
+            infer.infer(
+                model_dir=model,
+                input=str(tmp_path / "in.txt"),
+                output=str(tmp_path / name),
+                max_tokens=3,
+                partitioner=harness.one_device(),
+            )
+        assert (tmp_path / name).read_bytes() == before

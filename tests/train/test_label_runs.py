@@ -175,6 +175,13 @@ def test_a_head_that_does_not_answer_is_refused():
                 continue
             with pytest.raises(InputError, match=f"{type(objective).__name__} asks a .*Head"):
                 checks.check_streams(model, one)
+    roberta = dataclasses.replace(
+        BERT,
+        encoder=dataclasses.replace(BERT.encoder, num_token_types=1),
+        head=HEADS["span"],
+    )
+    with pytest.raises(InputError, match="has one type, as RoBERTa: set the objective's between=2"):
+        checks.check_streams(roberta, task(OBJECTIVES["span"]))
     masked = dataclasses.replace(task(tokens), lengths={"encoder": 24, "masked": 4})
     checks.check_streams(BERT, masked)
     for head in (*HEADS.values(), EmbeddingHead()):

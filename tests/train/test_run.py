@@ -205,7 +205,13 @@ def test_adapters_refuse_another_base(tuned, tmp_path):
 
 def test_a_model_of_other_shapes_does_not_load(tuned):
     wider = common.with_stacks(MODEL, mlp_dim=128)
-    with pytest.raises(InputError, match=r"decoder/layers/mlp/wi_0/kernel is \(2, 32, 64\), the"):
+    with pytest.raises(InputError, match=r"of another model .* decoder.mlp_dim=64, not 128"):
         load_params(RunCheckpoint(str(tuned[0])), wider, Partitioner())
     with pytest.raises(InputError, match=r"has no checkpoint of step 5"):
         load_params(RunCheckpoint(str(tuned[0]), 5), MODEL, Partitioner())
+
+
+def test_weights_of_a_model_that_computes_something_else_do_not_load(tuned):
+    other = common.with_stacks(MODEL, norm_epsilon=0.1)
+    with pytest.raises(InputError, match=r"of another model than this one: .*norm_epsilon"):
+        load_params(RunCheckpoint(str(tuned[0])), other, Partitioner())

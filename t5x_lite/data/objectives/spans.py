@@ -28,6 +28,8 @@ class SpanAnswer:
         masked_positions    0               4   5   6           "no answer", then the context
         masked_targets      0               0   1   2           bits: 1 begins, 2 ends
 
+    With `between=2`, as RoBERTa has it, there are two eos between them and no token types.
+
     Devlin et al. 2019 (arXiv:1810.04805, sections 4.2 and 4.3): a score for each token of being the
     first and one of being the last, each normalised over the slots of its example, by a TokenHead
     with two labels. An answer that isn't there, or was cut off, begins and ends at the first token;
@@ -44,27 +46,27 @@ class SpanAnswer:
     # An answer is predicted to be missing where that scores so much more than the best one; None:
     # never, as befits SQuAD 1.1.
     null_margin: float | None = None
+    between: int = 1  # eos between question and context; RoBERTa has 2, and no token types
 
     features: ClassVar[tuple[str, ...]] = ("question", "context")
-    makes: ClassVar[tuple[str, ...]] = (
-        "inputs",
-        "token_types",
-        "masked_positions",
-        "masked_targets",
-    )
     labels: ClassVar[tuple[str, ...]] = ("begins", "ends")
     asks: ClassVar[str] = "span"
 
     def __post_init__(self) -> None:
-        if self.max_question < 1 or self.max_answer < 1:
+        if min(self.max_question, self.max_answer, self.between) < 1:
             raise InputError(
-                f"SpanAnswer(max_question={self.max_question}, max_answer={self.max_answer}): "
-                "expected 1 or more"
+                f"SpanAnswer(max_question={self.max_question}, max_answer={self.max_answer}, "
+                f"between={self.between}): expected 1 or more"
             )
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        made = ("inputs", "masked_positions", "masked_targets")
+        return (*made, "token_types") if self.between == 1 else made
 
     def fit(self, lengths: Mapping[str, int]) -> tuple[int, int]:
         """The question's room, and what is left for the context beside the longest question."""
-        specials = wrapping(self.vocabulary) + 1
+        specials = wrapping(self.vocabulary) + self.between
         context = min(lengths["encoder"] - specials - self.max_question, lengths["masked"] - 1)
         if context < 1:
             raise InputError(
@@ -94,18 +96,20 @@ class SpanAnswer:
         """The question and the context cut to their rooms, and the answer if it is still there."""
         question, context, answer = arrays
         question = question[: self.fit(lengths)[0]]
-        room = lengths["encoder"] - wrapping(self.vocabulary) - 1 - len(question)
+        room = lengths["encoder"] - wrapping(self.vocabulary) - self.between - len(question)
         context = context[: min(room, lengths["masked"] - 1)]
         return question, context, answer[: 2 * int(np.all(answer < len(context)))]
 
     def __call__(self, *tokens: np.ndarray, rng: np.random.Generator | None = None) -> Example:
         """(question, context, answer) -> an encoder's Example. Nothing is random."""
         question, context, answer = tokens
-        eos: np.ndarray = np.array([self.vocabulary.eos_id], np.int32)
-        inputs = wrap(np.concatenate([question, eos, context]), self.vocabulary)
+        ends: np.ndarray = np.full(self.between, self.vocabulary.eos_id, np.int32)
+        inputs = wrap(np.concatenate([question, ends, context]), self.vocabulary)
         begin = len(inputs) - 1 - len(context)
-        types: np.ndarray = np.zeros(len(inputs), np.int32)
-        types[begin:] = 1
+        types: np.ndarray | None = None
+        if self.between == 1:
+            types = np.zeros(len(inputs), np.int32)
+            types[begin:] = 1
         targets: np.ndarray = np.zeros(len(context) + 1, np.int32)
         first, last = 1 + answer if len(answer) else (0, 0)
         targets[first] |= SPAN_BEGINS

@@ -212,6 +212,18 @@ def test_an_answer_never_ends_before_it_begins_nor_is_too_long():
     assert one.answer(record, scores) == "15 18"
 
 
+def test_roberta_has_two_ends_between_and_no_token_types():
+    one = SpanAnswer(vocabulary=BERT, max_question=4, between=2)
+    assert "token_types" not in one.makes
+    record = {"question": "15", "context": "18 21 24", "answers": {"text": [], "answer_start": []}}
+    example = one(*one.cut(one.read(record), {"encoder": 30, "masked": 20}))
+    assert example.token_types is None
+    inputs, slots = example.inputs.tolist(), example.masked_positions
+    end = BERT.eos_id
+    assert inputs.count(end) == 3
+    assert inputs[slots[1] - 2 : slots[1]] == [end, end]  # the context begins behind both
+
+
 @pytest.mark.parametrize("kind", ["classify", "tag", "span"])
 def test_packed_slots_point_into_their_own_example(tmp_path, kind):
     rng = np.random.default_rng(0)
