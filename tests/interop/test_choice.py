@@ -15,7 +15,9 @@ from t5x_lite.train.inspect import inspect_params
 from t5x_lite.types import InputError
 
 MODELS = Path(configure.__file__).resolve().parents[1] / "gin_configs" / "models"
-PRESETS = sorted(path.stem for path in MODELS.glob("*.gin") if path.stem != "pair_head")
+PRESETS = sorted(
+    path.stem for path in MODELS.glob("*.gin") if path.stem not in ("pair_head", "defaults")
+)
 MODEL_TYPES = {"byt5": "t5"}  # else a preset's name begins with it
 
 
