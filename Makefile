@@ -58,7 +58,7 @@ test-slow: $(VENV)/.dev
 LM_EVAL_VENV ?= .venv-lm_eval
 
 test-lm-eval: $(LM_EVAL_VENV)/.installed
-	$(LM_EVAL_VENV)/bin/python -m pytest -m lm_eval
+	$(LM_EVAL_VENV)/bin/python -m pytest -m lm_eval tests/evaluation/test_harness.py
 
 $(LM_EVAL_VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(LM_EVAL_VENV)
