@@ -181,11 +181,6 @@ def check_evaluations(model: ModelConfig, evaluations: Sequence[Evaluation]) -> 
             )
         if not isinstance(evaluation, Generate):
             continue
-        if task.chunk is None and "targets" not in task.objective.features:
-            raise InputError(
-                f"evaluation '{evaluation.name}' generates, but the records of task '{task.name}' "
-                "have no targets to score by: use TeacherForced"
-            )
         if evaluation.max_tokens < 1:
             raise InputError(
                 f"evaluation '{evaluation.name}': Generate.max_tokens={evaluation.max_tokens}: "
@@ -195,6 +190,11 @@ def check_evaluations(model: ModelConfig, evaluations: Sequence[Evaluation]) -> 
             raise InputError(
                 f"evaluation '{evaluation.name}' generates, but the model has no decoder: use "
                 "TeacherForced"
+            )
+        if task.chunk is None and "targets" not in task.objective.features:
+            raise InputError(
+                f"evaluation '{evaluation.name}' generates, but the records of task '{task.name}' "
+                "have no targets to score by: use TeacherForced"
             )
         if not isinstance(model.decoder.positions, Learned):
             continue

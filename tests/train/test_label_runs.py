@@ -317,8 +317,11 @@ def test_what_is_restored_is_the_published_and_the_rest_is_drawn(published):
     for path, value in params.items():
         wanted = drawn if path.startswith("token_head/") else trees.flatten(whole)
         np.testing.assert_array_equal(value, wanted[path], err_msg=path)
-    with pytest.raises(InputError, match=r"token_head/out/kernel \(8, 3\) is not there"):
+    with pytest.raises(InputError, match=r"head=EmbeddingHead.* not TokenHead.*restore"):
         runs.load_params(runs.RunCheckpoint(str(made)), model, partitioner)
+    partly = runs.RunCheckpoint(str(made), restore=[["token_head/out/bias", None]])
+    with pytest.raises(InputError, match=r"token_head/out/kernel \(8, 3\) is not there"):
+        runs.load_params(partly, model, partitioner)
 
 
 def test_a_start_of_another_vocabulary_or_step_is_refused(published):
