@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
-# Training is cut short; everything else runs as it stands on the page.
-PRELUDE = """
-set -euo pipefail
-python() {
-  case "$1" in
-    scripts/train.py) "$PYTHON" "$@" --gin.STEPS=2 ;;
-    *) "$PYTHON" "$@" ;;
-  esac
-}
-"""
-
-
-def blocks(page: Path) -> list[str]:
-    """The page's bash blocks."""
-    return re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+from tests import pages
+from tests.pages import PAGES, ROOT, blocks
 
 
 def make_targets() -> list[str]:
@@ -46,33 +27,16 @@ def test_ci_runs_the_make_targets(command):
 
 @pytest.mark.slow
 def test_the_readmes_commands_run(tmp_path):
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    commands = [block for block in blocks(ROOT / "README.md") if not block.startswith("make ")]
+    commands = [block for block in blocks("README.md") if not block.startswith("make ")]
     assert len(commands) >= 4
-    commands += blocks(ROOT / "docs" / "tasks.md")  # from the weights that the README's have made
-    done = subprocess.run(
-        ["bash", "-c", PRELUDE + "\n".join(commands)],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHON": sys.executable,
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-            "--xla_llvm_disable_expensive_passes=true",
-        },
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    commands += blocks("docs/tasks.md")  # from the weights that the README's have made
+    printed = pages.run("\n".join(commands), tmp_path, pages.train_for(2), timeout=900)
     assert (tmp_path / "runs" / "task" / "eval" / "generate-2.jsonl").exists()
     for run in ("my_text", "my_task", "task"):
         for name in ("config.gin", "run.json", "vocabulary.model", "checkpoints/2"):
             assert (tmp_path / "runs" / run / name).exists(), (run, name)
-    assert '"prediction"' in done.stdout
-    assert "ModelConfig.dtype = 'bfloat16'" in done.stdout  # the dry run of the TPU section
+    assert '"prediction"' in printed
+    assert "ModelConfig.dtype = 'bfloat16'" in printed  # the dry run of the TPU section
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
@@ -84,8 +48,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     with np.load(source / "expected.npz") as expected:
         batch = {key: expected[key] for key in expected if key.startswith("encoder_")}
         outputs = expected["outputs"]
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    (code,) = blocks("README.md", "python")
     names = {"batch": batch}
     exec(code, names)
     assert names["logits"].shape == outputs.shape
@@ -103,8 +66,7 @@ def test_links_inside_the_project_lead_somewhere():
 def test_the_decoding_pages_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "tests" / "fixtures" / "hf" / "gpt2", tmp_path / "gpt2")
-    page = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    (code,) = blocks("docs/decoding.md", "python")
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["tokens"].shape == (2, 8)

@@ -16,7 +16,6 @@ Shapes: b batch, k beams, c candidates, n new tokens, v vocab.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -67,7 +66,7 @@ def search(
     Args:
       extend: feeds the last tokens of all beams; see `Transformer.extend`.
       logits: `[b, v]`, of the first new token.
-      cache: of b rows, with room for k (n - 1) tokens behind the prompt. All beams of a row share
+      cache: of b rows, with k branches of n - 1 tokens behind the prompt. All beams of a row share
         what the encoder and the prompt wrote.
       seen: bool `[b, v]`, tokens of the prompts; None: without a repetition penalty.
       strategy: how.
@@ -88,7 +87,6 @@ def search(
 
     # Nothing in the cache moves when beams change places: each remembers which places are its own.
     prompt = cache.capacity - beams * (max_tokens - 1)
-    cache = dataclasses.replace(cache, branches=(prompt, beams))
     places = jnp.arange(cache.capacity)
 
     def with_next(line: Array, cache: Cache) -> Array:

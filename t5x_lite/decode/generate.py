@@ -152,8 +152,10 @@ def _prefill(
     # Logits at the last place alone.
     batch = {**batch, types.MASKED_POSITIONS: jnp.full((rows, 1), prompt - 1, jnp.int32)}
     branches = strategy.beams if isinstance(strategy, BeamSearch) else 1
-    capacity = prompt + branches * (max_tokens - 1)  # the last token is never fed
-    logits, cache = model.apply({"params": params}, batch, capacity, method="prefill")
+    capacity = prompt + max_tokens - 1  # the last token is never fed
+    logits, cache = model.apply(
+        {"params": params}, batch, capacity, branches=branches, method="prefill"
+    )
     seen = None
     if sampling.counts_repetitions(strategy):
         real = batch.get(types.DECODER_SEGMENT_IDS, jnp.ones_like(tokens)) > 0

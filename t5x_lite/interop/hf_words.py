@@ -18,7 +18,6 @@ _GAPS: Final[dict[str, Gaps]] = {"bart": "mask", "t5": "sentinels"}
 class Words:
     """Settings that a model is asked by; empty where the files say nothing."""
 
-    starts: tuple[int, ...]  # bos_token_id
     ends: tuple[int, ...]  # eos_token_id: one, or several, of which each ends a text
     labels: tuple[str, ...]  # id2label, in the order of the ids
     asking: Asking  # as the architecture was published
@@ -34,7 +33,6 @@ def read(directory: str, config: ModelConfig) -> Words:
     generation = os.path.join(directory, "generation_config.json")
     special = {**settings, **(files.read_json(generation) if os.path.exists(generation) else {})}
     return Words(
-        starts=_ids(special.get("bos_token_id"), config),
         ends=_ids(special.get("eos_token_id"), config),
         labels=_labels(settings, config),
         asking=Asking(gaps=_GAPS.get(str(settings.get("model_type")))),

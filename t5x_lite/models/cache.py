@@ -11,12 +11,11 @@ values, d head width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from t5x_lite.types import Array
 
@@ -72,11 +71,6 @@ class Cache:
         """Places."""
         return length(self.layers[0].self_attention)
 
-    @property
-    def longest(self) -> int:
-        """The longest text that fits."""
-        return int(self._in_text(np.int32(self.capacity - 1))) + 1
-
     def query_places(self, count: int) -> Array:
         """Where the next `count` tokens stand in the text: int32 `[count]`, or `[b, count]`."""
         ahead = jnp.arange(count, dtype=jnp.int32)
@@ -96,13 +90,12 @@ class Cache:
         token = last - (last - places) % self.capacity
         return self._in_text(jnp.where(token < 0, jnp.iinfo(jnp.int32).max, token))
 
-    def _in_text(self, place: Any) -> Any:
+    def _in_text(self, place: Array) -> Array:
         """A place's place in the text: the same, without branches."""
         if self.branches is None:
             return place
         prompt, count = self.branches
-        xp = np if isinstance(place, np.generic) else jnp
-        return xp.where(place < prompt, place, prompt + (place - prompt) // count)
+        return jnp.where(place < prompt, place, prompt + (place - prompt) // count)
 
 
 def start(written: LayerCache, capacity: int, dtype: CacheDtype | None) -> LayerCache:

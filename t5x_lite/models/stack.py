@@ -50,6 +50,15 @@ def apart(params: Params) -> Params:
     return {**params, "layers": own}
 
 
+def check_length(config: StackConfig, length: int) -> None:
+    """Raises InputError for a row of more tokens than the stack learned positions."""
+    if isinstance(config.positions, Learned) and length > config.positions.max_length:
+        raise InputError(
+            f"a row of {length} tokens is longer than the {config.positions.max_length} positions "
+            "that this model learned (Learned.max_length): shorten it"
+        )
+
+
 def make_norm(config: StackConfig, param_dtype: Any) -> Callable[[str], nn.Module]:
     """Makes norms of the stack's kind, by name."""
     return lambda name: layers.NORM[config.norm](config.norm_epsilon, param_dtype, name=name)
@@ -173,18 +182,16 @@ class Stack(nn.Module):
         config = self.config
         # Places of queries and keys in the row; under a cache the keys are all its places.
         query_places = key_places = jnp.arange(x.shape[1], dtype=jnp.int32)
-        length = x.shape[1]
         if positions is None:
             positions = jnp.broadcast_to(query_places[None], x.shape[:2])
         if cache is not None:
             key_places = cache.key_places(x.shape[1])
             query_places = cache.query_places(x.shape[1])
-            length = cache.longest if cache.window is None else length
         if self.causal:
             visibility = dataclasses.replace(
                 visibility, query_places=query_places, key_places=key_places
             )
-        x = self._embed(x, positions, token_types, length)
+        x = self._embed(x, positions, token_types)
         bias = angles = None
         if isinstance(config.positions, RelativeBias):
             bias = places.RelativeBias(
@@ -259,7 +266,7 @@ class Stack(nn.Module):
             jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(config.num_layers)
         )
 
-    def _embed(self, x: Array, positions: Array, token_types: Array | None, length: int) -> Array:
+    def _embed(self, x: Array, positions: Array, token_types: Array | None) -> Array:
         """What the stack adds to its tokens' embeddings before the first layer."""
         config = self.config
 
@@ -270,11 +277,7 @@ class Stack(nn.Module):
 
         match config.positions:
             case Learned(max_length=most, offset=offset):
-                if length > most:
-                    raise InputError(
-                        f"a row of {length} tokens is longer than the {most} positions that this "
-                        "model learned (Learned.max_length): shorten it"
-                    )
+                check_length(config, x.shape[1])
                 embedding = table(most + offset, "places", "position_embedding")
                 x = x + embedding(positions + offset, x.dtype)
             case Sinusoidal(max_period=period):

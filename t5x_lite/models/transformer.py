@@ -22,7 +22,7 @@ from t5x_lite.models.attention import Visibility
 from t5x_lite.models.cache import Cache
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_positions import Learned
-from t5x_lite.models.stack import Stack, apart, make_norm
+from t5x_lite.models.stack import Stack, apart, check_length, make_norm
 from t5x_lite.sharding import constrain
 from t5x_lite.types import Array, Batch, Params
 
@@ -112,6 +112,7 @@ class Transformer(nn.Module):
         *,
         cache_dtype: kv_cache.CacheDtype | None = None,
         window: int | None = None,
+        branches: int = 1,
     ) -> tuple[Array, Cache]:
         """Runs the encoder and the decoder's first tokens, and starts a cache.
 
@@ -119,15 +120,19 @@ class Transformer(nn.Module):
           batch: as for the call, unpacked; `decoder_input_tokens [b, n]` are the first n tokens.
             Shorter prompts have padding on the left, with `decoder_segment_ids` 0. Places with
             `decoder_prefix` are seen from everywhere in the prompt.
-          capacity: how many decoder tokens the cache holds, n included.
+          capacity: how many decoder tokens of a text the cache holds, n included.
           cache_dtype: what the cache keeps; None: the compute dtype. int8 keeps a scale for each
             token and head.
           window: how many tokens back each one sees, itself included; None: all. The cache needs no
             more places than that: it rolls over.
+          branches: how many alternatives each text has behind the prompt (beams); see `Cache`.
 
         Returns:
           Logits `[b, n, v]` (`[b, s, v]` with `masked_positions`) and the cache.
+
+        Raises InputError for a prompt or a capacity that is too long.
         """
+        assert self.config.decoder is not None
         tokens = _require(batch, types.DECODER_INPUT_TOKENS)
         length = tokens.shape[1]
         if window is not None:
@@ -136,6 +141,9 @@ class Transformer(nn.Module):
             raise types.InputError(
                 f"a prompt of {length} tokens is longer than the cache's {capacity} places"
             )
+        else:
+            check_length(self.config.decoder, capacity)
+            capacity = length + branches * (capacity - length)
         memory = memory_segments = None
         if self.config.encoder is not None:
             memory = self.encode(batch)
@@ -163,6 +171,7 @@ class Transformer(nn.Module):
             segment_ids=segments,
             memory_segment_ids=memory_segments,
             window=window,
+            branches=(length, branches) if branches > 1 else None,
         )
 
     def extend(

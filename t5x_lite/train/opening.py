@@ -7,15 +7,10 @@ import os
 from typing import Final, Literal
 
 from t5x_lite import trees
-from t5x_lite.data.vocabularies import (
-    SentencePieceVocabulary,
-    TokenizersVocabulary,
-    Vocabulary,
-)
+from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.interop import hf_words, load_hf, load_peft
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
-from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import run as runs
@@ -164,8 +159,7 @@ def _open_tuned(
 def _open_hf(path: str, vocabulary: Vocabulary | None, partitioner: Partitioner) -> Loaded:
     model, params = load_hf(path, partitioner=partitioner)
     told = hf_words.read(path, model.config)
-    if vocabulary is None:
-        vocabulary = _with_start(find_vocabulary(path), model.config, told.starts)
+    vocabulary = find_vocabulary(path) if vocabulary is None else vocabulary
     ends = () if told.ends == (vocabulary.eos_id,) else told.ends
     return Loaded(
         model,
@@ -176,14 +170,3 @@ def _open_hf(path: str, vocabulary: Vocabulary | None, partitioner: Partitioner)
         end_ids=ends,
         asking=told.asking,
     )
-
-
-def _with_start(vocabulary: Vocabulary, config: ModelConfig, starts: tuple[int, ...]) -> Vocabulary:
-    """A decoder alone begins with the config's bos, whatever its tokenizer's files say."""
-    if config.encoder is not None or not starts or starts[0] == vocabulary.start_id:
-        return vocabulary
-    if not isinstance(vocabulary, TokenizersVocabulary | SentencePieceVocabulary):
-        return vocabulary
-    if starts[0] >= vocabulary.size:
-        return vocabulary
-    return dataclasses.replace(vocabulary, start_token=vocabulary.piece(starts[0]))

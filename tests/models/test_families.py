@@ -263,10 +263,8 @@ def test_a_row_longer_than_the_learned_positions_is_an_error():
     with pytest.raises(types.InputError, match="33 tokens is longer than the 32 positions"):
         model.apply({"params": params}, batch)
     short = {types.DECODER_INPUT_TOKENS: batch[types.DECODER_INPUT_TOKENS][:, :4]}
-    _, cache = model.apply({"params": params}, short, 33, method="prefill")
-    token = short[types.DECODER_INPUT_TOKENS][:, :1]
     with pytest.raises(types.InputError, match="33 tokens"):
-        model.apply({"params": params}, token, cache, method="extend")
+        model.apply({"params": params}, short, 33, method="prefill")
 
 
 def test_fresh_gpt2_weights_have_its_scales():

@@ -3,56 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from t5x_lite.data.vocabularies import train_sentencepiece
 from t5x_lite.interop import load_hf, save_hf
+from tests import pages
 from tests.common import T5, build, with_stacks
 from tests.interop.t5x_writer import adafactor_tree, t5x_tree, write_native
 
-ROOT = Path(__file__).resolve().parents[2]
-# Training is cut short; everything else runs as it stands on the page.
-PRELUDE = """
-set -euo pipefail
-python() {
-  case "$1" in
-    scripts/train.py) "$PYTHON" "$@" --gin.STEPS=1 ;;
-    *) "$PYTHON" "$@" ;;
-  esac
-}
-"""
-
-
-def shell(commands: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "-c", PRELUDE + commands],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHON": sys.executable,
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-            "--xla_llvm_disable_expensive_passes=true",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+SHORT = pages.train_for(1)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the page's commands start from: t5-small, a T5X checkpoint, and a task's files."""
     path = tmp_path_factory.mktemp("convert")
-    (path / "scripts").symlink_to(ROOT / "scripts")
     config = with_stacks(T5, num_layers=1)
     model, params = build(type(config)(**{**vars(config), "vocab_size": 416}))
     words = [f"the river {i} and the bread of day {i * 7}" for i in range(300)]
@@ -70,12 +36,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_commands_of_the_page_run(folder):
-    page = (ROOT / "docs/convert.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```bash\n(.*?)^```", page, re.S | re.M)
-    assert len(blocks) >= 5
-    done = shell("\n".join(blocks), folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert '"prediction"' in done.stdout
+    commands = pages.blocks("docs/convert.md")
+    assert len(commands) >= 5
+    assert '"prediction"' in pages.run("\n".join(commands), folder, SHORT)
     for name in ("runs/t5", "runs/tuned", "runs/adapted", "runs/from_t5x"):
         assert (folder / name / "run.json").exists(), name
     assert (folder / "runs/from_t5x/checkpoints/1000/optimizer").is_dir()
@@ -87,11 +50,11 @@ def test_the_commands_of_the_page_run(folder):
 
 
 def test_mistakes_are_one_message_and_help_teaches(folder):
-    done = shell("python scripts/convert.py --source=t5-small --output=o --to=peft", folder)
+    done = pages.shell("python scripts/convert.py --source=t5-small --output=o --to=peft", folder)
     assert done.returncode == 2
     expected = "error: 't5-small' is in the format 'hf': convert.to='peft' can be 'run'\n"
     assert done.stderr == expected
-    done = shell("python scripts/convert.py --help", folder)
+    done = pages.shell("python scripts/convert.py --help", folder)
     assert done.returncode == 0
     for text in ("docs/convert.md", "--source=", "source: str (required)", "base: "):
         assert text in done.stdout, text

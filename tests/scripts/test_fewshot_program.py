@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import folders
+from tests import folders, pages
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-PRELUDE = """
-set -euo pipefail
-python() {
-  case "$1" in
-    scripts/train.py) "$PYTHON" "$@" --gin.STEPS=2 ;;
-    scripts/study_in_context.py) "$PYTHON" "$@" --examples=16 --batch_size=8 --shots="(0, 3)" ;;
-    *) "$PYTHON" "$@" ;;
-  esac
-}
+CASES = f"""
+    {pages.train_for(2)}
+    scripts/study_in_context.py*) "$PYTHON" "$@" --examples=16 --batch_size=8 --shots="(0, 3)" ;;
 """
 
 
 def run(number: int, folder: Path) -> str:
     """The output of the page's block `number`; training and the study are cut short."""
-    (folder / "scripts").symlink_to(ROOT / "scripts")
-    page = (ROOT / "docs" / "in_context.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^```bash\n(.*?)^```", page, re.S | re.M)[number]
-    done = subprocess.run(
-        ["bash", "-c", PRELUDE + commands],
-        cwd=folder,
-        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    return pages.run(pages.blocks("docs/in_context.md")[number], folder, CASES, timeout=900)
 
 
 @pytest.mark.slow

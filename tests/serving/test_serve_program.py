@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,10 +17,8 @@ from t5x_lite.serving import serve as program
 from t5x_lite.serving.hosting import Host, buckets
 from t5x_lite.serving.serve import open_all, parse_adapters, serve
 from t5x_lite.types import InputError
-from tests import folders
+from tests import folders, pages
 from tests.serving.common import OneDevice
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_adapters_are_named():
@@ -81,18 +78,16 @@ def test_rows_are_padded_to_few_lengths():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the page's command needs curl")
 def test_the_commands_of_the_docs_run(tmp_path):
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (tmp_path / "scripts").symlink_to(pages.ROOT / "scripts")
     base = folders.hugging_face("peft/gpt2/base", tmp_path)
     for name in ("demo_gpt", "demo/pretrained"):
         shutil.copytree(base, tmp_path / "runs" / name)
     (tmp_path / "runs/demo/lora").symlink_to(folders.FIXTURES / "peft/gpt2/adapter")
-    text = (ROOT / "docs/serve.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M)
-    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    lines = "".join(pages.blocks("docs/serve.md")).replace("\\\n", "").splitlines()
     starts = [line for line in lines if line.startswith("python scripts/serve.py")]
     (curl,) = [line for line in lines if line.startswith("curl ")]
     assert len(starts) == 2
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = {**os.environ, "PYTHONPATH": str(pages.ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     for start in starts:
         command = [sys.executable, *start.split()[1:], "--port=0"]
         with subprocess.Popen(

@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import re
 import shutil
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from t5x_lite.data.builders.word_pairs import VERSION
-from tests import folders
+from tests import folders, pages
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("alpha", "beta", "gamma", "delta", "eps", "zeta")
 PAIRS = "# first\tsecond\tscore\nalpha\tbeta\t9\ngamma\tdelta\t5\neps\tzeta\t2\n"
 # The Bible's text is a small file, and the demo's model a fixture.
-PRELUDE = """
-set -euo pipefail
-python() {
-  text=(--gin.TextSource.files="{'train': 'words.txt'}")
-  case "$1 $2" in
+CASES = """
     *bible_text) ;;
-    scripts/train_word2vec.py*) "$PYTHON" "$@" "${text[@]}" \
+    scripts/train_word2vec.py*) "$PYTHON" "$@" "${text[@]}" \\
       --gin_bindings='train_word2vec.source = @TextSource()' --gin.SkipGram.steps=8 ;;
-    scripts/study_words.py*) "$PYTHON" "$@" "${text[@]}" \
-      --gin_bindings='study_words.source = @TextSource()' --gin.MODELS="{'BERT': 'models/bert'}" \
+    scripts/study_words.py*) "$PYTHON" "$@" "${text[@]}" \\
+      --gin_bindings='study_words.source = @TextSource()' --gin.MODELS="{'BERT': 'models/bert'}" \\
       --neighbours=2 --window=6 ;;
-    *) "$PYTHON" "$@" ;;
-  esac
-}
 """
+TEXT = """text=(--gin.TextSource.files="{'train': 'words.txt'}")\n"""
 
 
 @pytest.mark.slow
 def test_the_pages_commands_and_python_run(tmp_path, monkeypatch):
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     (tmp_path / "models").mkdir()
     for name, fixture in {"bert": "bert", "gpt2": "peft/gpt2/base"}.items():
         made = folders.hugging_face(fixture, tmp_path / "scratch")
@@ -54,26 +41,9 @@ def test_the_pages_commands_and_python_run(tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in ("wordsim353.tsv", "simlex999.txt"):
             archive.writestr(f"gensim/test/test_data/{name}", PAIRS)
-    page = (ROOT / "docs" / "embeddings.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```bash\n(.*?)^```", page, re.S | re.M)
-    assert len(blocks) == 3
-    done = subprocess.run(
-        ["bash", "-c", PRELUDE + "\n".join(blocks)],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHON": sys.executable,
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-            "--xla_llvm_disable_expensive_passes=true",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    commands = pages.blocks("docs/embeddings.md")
+    assert len(commands) == 3
+    pages.run(TEXT + "\n".join(commands), tmp_path, CASES)
     assert (tmp_path / "more_vectors" / "vectors.array_record").exists()
     for found in ("word2vec/summary.json", "study_words.json"):
         (tmp_path / "runs" / found).read_text()
@@ -82,7 +52,7 @@ def test_the_pages_commands_and_python_run(tmp_path, monkeypatch):
     assert study["BERT, contextual"]["WordSim-353"]["pairs"] == 3
 
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    (code,) = pages.blocks("docs/embeddings.md", "python")
     names: dict = {}
     exec(code, names)
     assert names["ids"] == [0, 1]
