@@ -63,7 +63,11 @@ def score_choices(
 
 @functools.lru_cache(maxsize=8)
 def _program(model: Transformer, out_shardings: Any) -> Any:
-    return jax.jit(functools.partial(score_choices, model), out_shardings=out_shardings)
+    def score(params: Params, batch: Batch) -> Measured:
+        prompts = {key: value for key, value in batch.items() if key not in ("targets", "real")}
+        return score_choices(model, params, prompts, batch["targets"], batch["real"])
+
+    return jax.jit(score, out_shardings=out_shardings)
 
 
 def choices(
@@ -94,21 +98,11 @@ def score_alternatives(
             scoring.check_lengths(config, item)
     parts = _parts(config, questions, batch_size)
     most = max((len(items) for items in questions), default=0)
-    score, local = (
-        _program(loaded.model, partitioner.replicated),
-        partitioner.local_rows(batch_size),
-    )
-    measured = []
-    with partitioner.activate():
-        for part in parts:
-            prompts, targets, real = _rows(loaded, [questions[i] for i in part], batch_size, most)
-            rows = {**prompts, "targets": targets, "real": real}
-            rows = {key: value[local] for key, value in rows.items()}
-            batch = partitioner.put_batch(rows, batch_size)
-            wanted = [batch.pop(key) for key in ("targets", "real")]
-            measured.append(score(loaded.params, batch, *wanted))
+    rows = (_rows(loaded, [questions[i] for i in part], batch_size, most) for part in parts)
+    program = _program(loaded.model, partitioner.replicated)
+    measured = scoring.in_batches(loaded, program, rows, batch_size)
     scores: list[list[Score]] = [[] for _ in questions]
-    for part, columns in zip(parts, jax.device_get(measured), strict=True):
+    for part, columns in zip(parts, measured, strict=True):
         for row, index in enumerate(part):
             count = len(questions[index])
             found = (column[row, :count] for column in columns)
@@ -139,8 +133,8 @@ def _parts(config: ModelConfig, questions: Sequence[Sequence[Item]], size: int) 
 
 def _rows(
     loaded: Loaded, questions: Sequence[Sequence[Item]], rows: int, most: int
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Prompts, targets and which are real `[rows, most, n]`, filled up with rows of nothing."""
+) -> dict[str, np.ndarray]:
+    """Prompts, `targets` and which are `real` `[rows, most, n]`, filled up with rows of nothing."""
     config, start = loaded.model.config, np.array([loaded.vocabulary.start_id], np.int32)
     assert config.decoder is not None
     contexts, room = [items[0].context for items in questions], scoring.limit(config.decoder)
@@ -157,7 +151,8 @@ def _rows(
     if config.encoder is not None:
         tokens = np.full((rows, 1), start[0], np.int32)
         batch = scoring.encoder_rows(config.encoder, contexts, rows)
-        return {**batch, types.DECODER_INPUT_TOKENS: tokens}, targets, real
+        batch[types.DECODER_INPUT_TOKENS] = tokens
+        return {**batch, "targets": targets, "real": real}
     length = scoring.bucket(longest, None if room is None else room - width + 1)
     # A row that only fills the batch up has to see something: the start.
     batch = pad_left([*prompts, *[start] * (rows - len(prompts))], length)
@@ -165,4 +160,4 @@ def _rows(
     both[: len(questions), 0] = [items[0].both_ways for items in questions]
     if both.any():
         batch[types.DECODER_PREFIX] = batch[types.DECODER_SEGMENT_IDS] * both
-    return batch, targets, real
+    return {**batch, "targets": targets, "real": real}

@@ -8,7 +8,7 @@ Shapes: b batch, l length, s slots, v vocab.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,20 +223,26 @@ def score_items(loaded: Loaded, items: Sequence[Item], *, batch_size: int = 32) 
         check_lengths(config, one)
     order = sorted(range(len(items)), key=lambda i: _size(items[i]), reverse=True)
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    score, local = (
-        _program(loaded.model, partitioner.replicated),
-        partitioner.local_rows(batch_size),
-    )
-    measured = []
-    with partitioner.activate():
-        for part in parts:
-            rows = item_rows(loaded, [items[i] for i in part], batch_size)
-            rows = {key: value[local] for key, value in rows.items()}
-            measured.append(score(loaded.params, partitioner.put_batch(rows, batch_size)))
+    rows = (item_rows(loaded, [items[i] for i in part], batch_size) for part in parts)
+    measured = in_batches(loaded, _program(loaded.model, partitioner.replicated), rows, batch_size)
     scores: dict[int, Score] = {}
-    for part, columns in zip(parts, jax.device_get(measured), strict=True):
+    for part, columns in zip(parts, measured, strict=True):
         scores |= zip(part, as_scores(columns), strict=False)  # the last batch is filled up
     return [scores[i] for i in range(len(items))]
+
+
+def in_batches(
+    loaded: Loaded, program: Any, batches: Iterable[dict[str, np.ndarray]], batch_size: int
+) -> list[Measured]:
+    """`program(params, batch)` of each batch; read at the end, so that no batch waits for one."""
+    partitioner = loaded.partitioner
+    local = partitioner.local_rows(batch_size)
+    measured = []
+    with partitioner.activate():
+        for rows in batches:
+            own = {key: value[local] for key, value in rows.items()}
+            measured.append(program(loaded.params, partitioner.put_batch(own, batch_size)))
+    return jax.device_get(measured)
 
 
 def item_rows(loaded: Loaded, items: Sequence[Item], rows: int) -> dict[str, np.ndarray]:
