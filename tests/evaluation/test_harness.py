@@ -115,6 +115,8 @@ def test_tasks_may_sample(lm_eval):
     assert strategy_of({"temperature": 0.0}) == Greedy()
     assert strategy_of({"temperature": 0.7, "top_p": 0.9}) == Sampling(0.7, top_p=0.9)
     assert strategy_of({"do_sample": True, "top_k": 5}) == Sampling(1.0, top_k=5)
+    with pytest.raises(InputError, match="num_beams"):
+        strategy_of({"num_beams": 4})
 
 
 def test_whole_documents(lm_eval, folder):
@@ -135,6 +137,9 @@ def test_a_run_is_asked_as_it_was_trained(lm_eval, folder, tmp_path):
     untold = run(lm_eval, harness.NAME, f"path={folder}", "local_choices")
     assert asked == told
     assert asked[1] != untold[1]
+    # A document begins with the start token once, and that is not scored.
+    documents = [run(lm_eval, harness.NAME, f"path={p}", "local_documents") for p in (made, folder)]
+    assert documents[0] == documents[1]
 
 
 def test_what_the_model_cannot_do_is_one_message(lm_eval, folder):

@@ -109,7 +109,9 @@ TEXTS = [f"the river {i} and the bread of day {i * 7}" for i in range(300)]
 VOCABULARIES = {  # for a family: what it is trained with here, unlike what it was published with
     "bert": lambda path: train_wordpiece(TEXTS, path, vocab_size=120),
     "gpt2": lambda path: train_byte_level(TEXTS, path, vocab_size=290),
-    "llama": lambda path: train_sentencepiece(TEXTS, path, vocab_size=298),
+    "llama": lambda path: dataclasses.replace(
+        train_sentencepiece(TEXTS, path, vocab_size=298), start_token="</s>"
+    ),
     "t5_1_0": lambda path: ByteVocabulary(extra_ids=7),
     "bart": lambda path: train_byte_level(
         TEXTS, path, vocab_size=290, special_tokens=["<pad>", "<mask>", "</s>", "<s>", "<unk>"]

@@ -17,11 +17,13 @@ from t5x_lite.data.packing import Pack, Pad
 from t5x_lite.data.pipeline import Batches, EvaluationBatches
 from t5x_lite.data.sources import JsonlSource
 from t5x_lite.data.tasks import Task
+from t5x_lite.data.vocabularies import ByteVocabulary
 from t5x_lite.evaluation import label_metrics, text_metrics
 from t5x_lite.interop import read_hf_config
 from t5x_lite.models import transformer
 from t5x_lite.models.config_heads import EmbeddingHead, LMHead, SequenceHead, TokenHead
-from t5x_lite.train import checks, convert, initial, loop, losses
+from t5x_lite.peft.transform import Full
+from t5x_lite.train import checks, convert, initial, loop, losses, offline
 from t5x_lite.train import run as runs
 from t5x_lite.train.evaluate import Evaluator, TeacherForced
 from t5x_lite.train.label_evaluation import Label
@@ -387,3 +389,16 @@ def test_label_asks_for_labels_and_metrics(published):
     masked = labelled_task(made, path, lambda v: MaskedLM(v, rate=0.15))
     with pytest.raises(InputError, match="MaskedLM of task 't' asks for tokens"):
         Label(name="l", batches=EvaluationBatches(masked, "test"))
+
+
+def test_a_run_is_not_evaluated_by_labels_in_another_order(tmp_path):
+    objective = OBJECTIVES["sequence"]
+    model = dataclasses.replace(BERT, head=HEADS["sequence"])
+    named = {"labels": MOODS[::-1], "vocabulary_fingerprint": TOY.fingerprint}
+    runs.Run(model=model, transform=Full(), vocabulary=ByteVocabulary(), **named).write(tmp_path)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps(record(0)) + "\n")
+    one = task(objective, texts, metrics=[label_metrics.accuracy])
+    held = Label(name="held_out", batches=EvaluationBatches(one, split="test", batch_size=8))
+    with pytest.raises(InputError, match=r"labels \('bad', 'good'\), but .* \('good', 'bad'\)"):
+        offline.evaluate_run(model_dir=str(tmp_path), evaluations=[held])
