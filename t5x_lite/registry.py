@@ -25,7 +25,7 @@ from t5x_lite.decode import sampling
 from t5x_lite.evaluation import fewshot, label_metrics, metrics, text_labels, text_metrics
 from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
-from t5x_lite.peft import bottleneck, compose, ia3, lora, transform
+from t5x_lite.peft import bottleneck, compose, ia3, lora, quantise, transform
 from t5x_lite.serving import serve
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import demo, skipgram, word2vec, words
@@ -42,6 +42,7 @@ from t5x_lite.train import (
     losses,
     offline,
     optim,
+    quantize,
     run,
     schedules,
     step,
@@ -126,6 +127,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     lora.DoRA,
     ia3.IA3,
     bottleneck.Bottleneck,
+    quantise.Quantise,
     compose.Compose,
     # decoding
     sampling.Greedy,
@@ -177,6 +179,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     inspect.inspect_data,
     inspect.inspect_params,
     convert.convert,
+    quantize.quantize,
     convert.run_model,
     convert.run_vocabulary,
     packages.fetch_model,

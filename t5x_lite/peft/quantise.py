@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -85,6 +86,10 @@ class Quantise(Transform):
             flat[path] = QuantisedWeight(ndim=ndim, embedding=_is_embedding(path), **own)
         return trees.unflatten(flat)
 
+    def takes(self, path: str) -> bool:
+        """Whether a target matches."""
+        return any(re.fullmatch(pattern, path) for pattern in self.targets)
+
     def _targeted(self, flat_names: dict[str, tuple[str, ...]]) -> list[str]:
         return targets.find(self.targets, flat_names, "Quantise target")
 
@@ -108,7 +113,7 @@ class Quantise(Transform):
                 f"({' x '.join(map(str, along))}) of '{path}': set Quantise.block to an even "
                 "divisor, or narrow Quantise.targets"
             )
-        node = QuantisedWeight(None, None, len(names) - len(axes.stack), embedding)
+        ndim = len(names) - len(axes.stack)
 
         def one(w: Array) -> QuantisedWeight:
             w = w.reshape(math.prod(axes.inputs), -1)
@@ -121,7 +126,7 @@ class Quantise(Transform):
             else:
                 codes = codes.reshape(*along[:-1], -1, *across)
                 scales = scales.reshape(-1, *across)
-            return node.replace(codes=codes, scales=scales, groups=groups, mean=mean)
+            return QuantisedWeight(codes, scales, ndim, embedding, groups, mean)
 
         return jax.vmap(one)(weight) if axes.stack else one(weight)
 

@@ -103,7 +103,7 @@ def convert(
             if kind == "hf":
                 told = hf_words.read(source, network.config)
                 run = dataclasses.replace(run, labels=told.labels, asking=told.asking)
-            _save_run(output, run, params, state, at)
+            save_run(output, run, params, state, at)
     if jax.process_index() == 0:
         print(f"'{output}' holds '{source}' in the format '{to}'")
 
@@ -180,7 +180,7 @@ def _resumed(source: str, session: Session, optimizer: Optimizer) -> tuple[int, 
     return moments.step, adafactor_state(shapes.opt_state, shapes.params, moments)
 
 
-def _save_run(output: str, run: runs.Run, trainable: Params, state: Any, step: int) -> None:
+def save_run(output: str, run: runs.Run, trainable: Params, state: Any, step: int) -> None:
     """A run's folder with one checkpoint."""
     size = run.vocabulary.size
     if size > run.model.vocab_size:
@@ -231,9 +231,9 @@ def _peft_to_run(
 ) -> None:
     under = runs.Run.read(base)
     checkpoint = runs.RunCheckpoint(base, find_step(base, step))
-    params = runs.load_params(checkpoint, under.model, partitioner)
     transform, trainable = load_peft(source, Transformer(under.model), partitioner=partitioner)
-    frozen = Session(under.model, transform, partitioner, under.seed).split(params)[1]
+    session = Session(under.model, transform, partitioner, under.seed)
+    frozen = session.split(runs.load_base(checkpoint, session))[1]
     run = runs.Run(
         under.model,
         transform,
@@ -245,4 +245,4 @@ def _peft_to_run(
         under.labels,
         under.asking,
     )
-    _save_run(output, run, trainable, {}, 0)
+    save_run(output, run, trainable, {}, 0)

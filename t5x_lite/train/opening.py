@@ -11,6 +11,7 @@ from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.interop import hf_words, load_hf, load_peft
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
+from t5x_lite.peft.quantise import Stored
 from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import run as runs
@@ -111,7 +112,10 @@ def _open_run(
 ) -> Loaded:
     run = runs.Run.read(path)
     session, trainable, frozen = runs.load(runs.RunCheckpoint(path, step), partitioner)
-    combine = session.transform.merge if merged else session.transform.apply
+    transform = session.transform
+    # Quantised weights stay so under an adapter.
+    merges = merged and not isinstance(transform, Stored)
+    combine = transform.merge if merges else transform.apply
     with partitioner.activate():
         return _of_run(run, session, combine(trainable, frozen))
 
@@ -132,7 +136,7 @@ def _open_tuned(
 ) -> Loaded:
     """A tuned run on the model in `path`, wherever its base was when it was trained."""
     run = runs.Run.read(adapter)
-    if isinstance(run.transform, Full):
+    if isinstance(run.transform, Full | Stored):
         raise InputError(
             f"'{adapter}' is no adapter: all of its parameters were trained; name it as the model"
         )
@@ -142,7 +146,7 @@ def _open_tuned(
     at = pinned if kind == "run" and pinned in all_steps(path) else None
     try:
         source = runs.RunCheckpoint(path, at, restore)
-        base = runs.load_params(source, run.model, partitioner, run.seed)
+        base = runs.load_base(source, session)
     except InputError as error:
         raise InputError(f"the adapter '{adapter}' does not go on '{path}': {error}") from error
     frozen = session.split(base)[1]

@@ -1,0 +1,74 @@
+"""How far one set of a model's parameters answers from another, on rows drawn at random."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from t5x_lite import types
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.config_positions import Learned
+from t5x_lite.models.transformer import Transformer
+from t5x_lite.sharding import Partitioner
+from t5x_lite.types import Params
+
+
+class LogitChange(NamedTuple):
+    """Differences of logits; an EmbeddingHead's are of its vectors."""
+
+    largest: float
+    root_mean_square: float
+    spread: float  # the standard deviation of the logits before, over all
+    same_choice: float  # the share of places whose largest logit is the same one
+
+    def __str__(self) -> str:
+        return (
+            f"largest logit change {self.largest:.4g}, root mean square "
+            f"{self.root_mean_square:.4g} (logits spread by {self.spread:.4g}); the same first "
+            f"choice at {self.same_choice:.1%} of places"
+        )
+
+
+def probe_batch(
+    config: ModelConfig, rows: int = 8, length: int = 64, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Rows of random tokens for each of the model's stacks, as long as its positions allow."""
+    rng = np.random.default_rng(seed)
+    batch = {}
+    for key, stack in (
+        (types.ENCODER_INPUT_TOKENS, config.encoder),
+        (types.DECODER_INPUT_TOKENS, config.decoder),
+    ):
+        if stack is None:
+            continue
+        positions = stack.positions
+        most = positions.max_length if isinstance(positions, Learned) else length
+        shape = rows, min(length, most)
+        batch[key] = rng.integers(0, config.vocab_size, shape, dtype=np.int32)
+    return batch
+
+
+def answers(
+    model: Transformer, params: Params, partitioner: Partitioner = Partitioner()
+) -> np.ndarray:
+    """What the model answers to `probe_batch`: float32 logits."""
+    rows = 8 * partitioner.batch_shards
+    batch = partitioner.put_batch(probe_batch(model.config, rows), rows)
+    with partitioner.activate():
+        logits = jax.jit(lambda params, batch: model.apply({"params": params}, batch))(
+            params, batch
+        )
+    return np.asarray(jax.device_get(logits), np.float32)
+
+
+def logit_change(before: np.ndarray, after: np.ndarray) -> LogitChange:
+    """Between two `answers`."""
+    difference = np.abs(after - before)
+    return LogitChange(
+        float(difference.max()),
+        float(np.sqrt(np.mean(np.square(difference, dtype=np.float64)))),
+        float(before.std()),
+        float(np.mean(before.argmax(-1) == after.argmax(-1))),
+    )
