@@ -138,7 +138,7 @@ def _open_tuned(
     run = runs.Run.read(adapter)
     if isinstance(run.transform, Full | Stored):
         raise InputError(
-            f"'{adapter}' is no adapter: all of its parameters were trained; name it as the model"
+            f"'{adapter}' is no adapter: it holds a whole model; name it as that"
         )
     session = Session(run.model, run.transform, partitioner, run.seed)
     pinned, restore = (None, ()) if run.base is None else (run.base.step, run.base.restore)
