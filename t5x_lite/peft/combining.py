@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import jax
 import numpy as np
 
 from t5x_lite import trees
+from t5x_lite.peft import targets
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.types import InputError, Params
 
@@ -159,23 +161,52 @@ def combine(
                 f"{type(transform).__name__} is no sum of low-rank updates: only LoRA adapters "
                 "can be combined"
             )
+        if transform.init == "pissa":
+            raise InputError("PiSSA's factors are no update of the base: combine its `difference`")
     flat = [
         {path: np.asarray(leaf, np.float32) for path, leaf in trees.flatten(tree).items()}
         for _, tree in adapters
     ]
-    paths = dict.fromkeys(
-        path.removesuffix("/a") for tree in flat for path in tree if path.endswith("/a")
+    paths = dict.fromkeys(path for tree in flat for path in targets.by_owner(tree, "a"))
+    return _of_scale_one({path: _combined(path, adapters, flat, weights, method) for path in paths})
+
+
+def difference(
+    transform: LoRA, trainable: Params, base: Params, names: Params
+) -> tuple[LoRA, Params]:
+    """What PiSSA's adapter adds to the base it was split from, as a plain LoRA of twice the rank.
+
+    `w + s (a b - a0 b0)`, with the factors that it started from; those are computed anew. Any other
+    LoRA is returned as it is. `names` are the axes of `base`.
+    """
+    if transform.init != "pissa":
+        return transform, trainable
+    start = trees.flatten(transform.split(base, names, jax.random.key(0))[0])
+    flat, made = trees.flatten(trainable), {}
+    for path, a in targets.by_owner(flat, "a").items():
+        axis, b = 1 if targets.stacked(path) else 0, flat[f"{path}/b"]
+        made[path] = (
+            np.concatenate([a, start[f"{path}/a"]], axis=-1) * np.float32(transform.scale(path)),
+            np.concatenate([b, -start[f"{path}/b"]], axis=axis),
+        )
+    return _of_scale_one(made)
+
+
+def _of_scale_one(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[LoRA, Params]:
+    """A LoRA of these factors by path, whatever their ranks."""
+    ranks = {path: a.shape[-1] for path, (a, _) in pairs.items()}
+    rank = max(ranks.values())
+    others = {re.escape(path): own for path, own in ranks.items() if own != rank}
+    transform = LoRA(
+        rank=rank,
+        alpha=float(rank),
+        targets=tuple(map(re.escape, pairs)),
+        rank_rules=tuple(others.items()),
+        alpha_rules=tuple((path, float(own)) for path, own in others.items()),
     )
-    combined = {path: _combined(path, adapters, flat, weights, method) for path in paths}
-    rank = max(a.shape[-1] for a, _ in combined.values())
     leaves = {}
-    for path, (a, b) in combined.items():
-        # Ranks differ where some adapters lack a weight: zeros compute nothing.
-        more = (0, rank - a.shape[-1])
-        axis = 1 if _is_stacked(path) else 0
-        leaves[f"{path}/a"] = np.pad(a, [(0, 0)] * (a.ndim - 1) + [more])
-        leaves[f"{path}/b"] = np.pad(b, [more if n == axis else (0, 0) for n in range(b.ndim)])
-    transform = LoRA(rank=rank, alpha=float(rank), targets=tuple(map(re.escape, paths)))
+    for path, (a, b) in pairs.items():
+        leaves |= {f"{path}/a": a, f"{path}/b": b}
     return transform, trees.unflatten(leaves)
 
 
@@ -187,12 +218,12 @@ def _combined(
     method: Method,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The new `a` and `b` of one weight, stacked as the old ones."""
-    layers = 1 if _is_stacked(path) else 0
+    layers = 1 if targets.stacked(path) else 0
     found = []
     for (transform, _), tree, weight in zip(adapters, flat, weights, strict=True):
         if f"{path}/a" in tree:
             a, b = tree[f"{path}/a"], tree[f"{path}/b"]
-            found.append((a, b, transform.alpha / transform.rank, float(weight)))
+            found.append((a, b, transform.scale(path), float(weight)))
     outer = {(a.shape[:-1], b.shape[layers + 1 :]) for a, b, _, _ in found}
     if len(outer) > 1:
         raise InputError(
@@ -287,10 +318,6 @@ def _agreed(tensors: np.ndarray, weights: np.ndarray, election: Election) -> np.
     agree = np.sign(tensors) == majority
     mixed = np.tensordot(weights, tensors * agree, 1)
     return mixed / np.maximum(agree.sum(0), 1)
-
-
-def _is_stacked(path: str) -> bool:
-    return "/layers/" in path
 
 
 def _check_density(method: Any) -> None:

@@ -74,8 +74,9 @@ def test_concatenation_is_the_weighted_sum_of_the_updates_whatever_their_ranks()
     np.testing.assert_allclose(found[TABLE], -2 * second[TABLE], 1e-5, 1e-5)
     # It has the leaves that training makes of the transform.
     flat = trees.flatten(tree)
-    assert flat[f"{QUERY}/a"].shape == (2, 6, transform.rank)
-    assert flat[f"{OUT}/b"].shape == (2, transform.rank, 6)
+    assert flat[f"{QUERY}/a"].shape == (2, 6, 5)
+    assert flat[f"{OUT}/b"].shape == (2, 2, 6)
+    assert (transform.rank, transform.scale(QUERY), transform.scale(OUT)) == (5, 1.0, 1.0)
     assert {leaf.dtype for leaf in flat.values()} == {np.dtype("f4")}
 
 
