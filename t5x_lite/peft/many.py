@@ -100,24 +100,37 @@ def together(base: Params, others: Sequence[Params], ids: Array) -> Params:
     flat = trees.flatten(base, is_leaf=weights.is_node)
     found: dict[str, dict[int, LowRank]] = {}
     for number, params in enumerate(others):
-        theirs = trees.flatten(params, is_leaf=weights.is_node)
-        for path in (*theirs, *flat):
-            leaf, under = theirs.get(path), flat.get(path)
-            if isinstance(leaf, LowRank) and _same(leaf.w, under):
-                if path.endswith(("relative_bias/embedding", "position_embedding/embedding")):
-                    raise InputError(
-                        f"adapter {number} adapts '{path}', which all rows of a batch share: serve "
-                        "it alone, or train one without it"
-                    )
-                found.setdefault(path, {})[number] = leaf
-            elif not _same(leaf, under):
-                raise InputError(
-                    f"adapter {number} can't share a batch: it makes of '{path}' something else "
-                    "than the same base with a low-rank update"
-                )
+        try:
+            updates = low_ranks(base, params)
+        except InputError as error:
+            raise InputError(f"adapter {number} can't share a batch: {error}") from error
+        for path, low in updates.items():
+            found.setdefault(path, {})[number] = low
     for path, by_number in found.items():
         flat[path] = _joined(path, flat[path], by_number, len(others))
     return select(trees.unflatten(flat), ids)
+
+
+def low_ranks(base: Params, adapted: Params) -> dict[str, LowRank]:
+    """By path, what an adapter made of a base's weights.
+
+    Raises InputError unless `adapted` has the base's very arrays, as they are or below low-rank
+    updates, and each row of a batch reads those for itself.
+    """
+    flat = trees.flatten(base, is_leaf=weights.is_node)
+    theirs = trees.flatten(adapted, is_leaf=weights.is_node)
+    found = {}
+    for path in dict.fromkeys((*theirs, *flat)):
+        leaf, under = theirs.get(path), flat.get(path)
+        if isinstance(leaf, LowRank) and _same(leaf.w, under):
+            if path.endswith(("relative_bias/embedding", "position_embedding/embedding")):
+                raise InputError(f"it adapts '{path}', which all rows share; train one without it")
+            found[path] = leaf
+        elif not _same(leaf, under):
+            raise InputError(
+                f"it makes of '{path}' something else than the same base with a low-rank update"
+            )
+    return found
 
 
 def select(params: Params, ids: Array) -> Params:
