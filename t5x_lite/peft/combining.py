@@ -176,8 +176,8 @@ def difference(
 ) -> tuple[LoRA, Params]:
     """What PiSSA's adapter adds to the base it was split from, as a plain LoRA of twice the rank.
 
-    `w + s (a b - a0 b0)`, with the factors that it started from; those are computed anew. Any other
-    LoRA is returned as it is. `names` are the axes of `base`.
+    `w + s (a b - a0 b0)`, with the factors that it started from; those are computed anew. With
+    DoRA, as a DoRA. Any other LoRA is returned as it is. `names` are the axes of `base`.
     """
     if transform.init != "pissa":
         return transform, trainable
@@ -189,15 +189,18 @@ def difference(
             np.concatenate([a, start[f"{path}/a"]], axis=-1) * np.float32(transform.scale(path)),
             np.concatenate([b, -start[f"{path}/b"]], axis=axis),
         )
-    return _of_scale_one(made)
+    plain, factors = _of_scale_one(made, type(transform))
+    return plain, trees.unflatten({**flat, **trees.flatten(factors)})
 
 
-def _of_scale_one(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[LoRA, Params]:
+def _of_scale_one(
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], kind: type[LoRA] = LoRA
+) -> tuple[LoRA, Params]:
     """A LoRA of these factors by path, whatever their ranks."""
     ranks = {path: a.shape[-1] for path, (a, _) in pairs.items()}
     rank = max(ranks.values())
     others = {re.escape(path): own for path, own in ranks.items() if own != rank}
-    transform = LoRA(
+    transform = kind(
         rank=rank,
         alpha=float(rank),
         targets=tuple(map(re.escape, pairs)),
