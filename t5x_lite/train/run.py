@@ -31,8 +31,11 @@ from t5x_lite.interop import choice
 from t5x_lite.interop.hf import load_hf, read_hf_config
 from t5x_lite.models import config_heads, config_positions
 from t5x_lite.models.config import ModelConfig, StackConfig
-from t5x_lite.peft.lora import LoRA
-from t5x_lite.peft.transform import Freeze, Full, Transform
+from t5x_lite.peft.bottleneck import Bottleneck
+from t5x_lite.peft.compose import Compose
+from t5x_lite.peft.ia3 import IA3
+from t5x_lite.peft.lora import DoRA, LoRA
+from t5x_lite.peft.transform import BitFit, Freeze, Full, Transform
 from t5x_lite.records import from_record, to_record
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import initial
@@ -42,7 +45,7 @@ from t5x_lite.types import InputError, Params
 
 FILE = "run.json"
 VOCABULARY_FILE = "vocabulary.model"
-_CLASSES = (
+CLASSES = (
     ModelConfig,
     StackConfig,
     *config_positions.CLASSES,
@@ -50,6 +53,11 @@ _CLASSES = (
     Full,
     Freeze,
     LoRA,
+    DoRA,
+    IA3,
+    BitFit,
+    Bottleneck,
+    Compose,
     SentencePieceVocabulary,
     TokenizersVocabulary,
     ByteVocabulary,
@@ -87,7 +95,7 @@ class Run:
     vocabulary: Vocabulary
     vocabulary_fingerprint: str
     base: RunCheckpoint | None = None  # where frozen parameters come from
-    base_fingerprint: str | None = None  # of the frozen parameters
+    base_fingerprint: str | None = None  # of the base's parameters that are not trained
     seed: int = 0  # what fresh weights were drawn from
     labels: tuple[str, ...] = ()  # names of what a SequenceHead or TokenHead tells apart, in order
     asking: Asking = Asking()  # how it was trained to be asked
@@ -135,9 +143,9 @@ class Run:
                 vocabulary["path"] = os.path.join(model_dir, vocabulary["path"])
             base = record["base"]
             return cls(
-                model=from_record(record["model"], _CLASSES),
-                transform=from_record(record["transform"], _CLASSES),
-                vocabulary=from_record(vocabulary, _CLASSES),
+                model=from_record(record["model"], CLASSES),
+                transform=from_record(record["transform"], CLASSES),
+                vocabulary=from_record(vocabulary, CLASSES),
                 vocabulary_fingerprint=fingerprint,
                 base=None if base is None else RunCheckpoint(**base),
                 base_fingerprint=record["base_fingerprint"],
@@ -224,12 +232,11 @@ def load_frozen(run: Run, session: Session) -> Params:
         base = session.init_base()
     else:
         base = load_params(run.base, session.config, session.partitioner, run.seed)
-    frozen = session.split(base)[1]
-    found = trees.fingerprint(frozen)
+    found = session.fingerprint(base)
     if run.base_fingerprint != found:
         where = "its seed" if run.base is None else f"'{run.base.model_dir}'"
         raise InputError(
             f"the frozen weights from {where} have fingerprint {found}, but this run was tuned on "
             f"{run.base_fingerprint}: adapters only fit the base they were trained beside"
         )
-    return frozen
+    return session.split(base)[1]
