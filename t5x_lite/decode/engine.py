@@ -121,12 +121,11 @@ class Engine:
             "decoder": max(capacity, 0 if self._reads_apart else self._buckets[-1]),
         }
         for name, length in lengths.items():
-            stack = getattr(config, name)
-            most = None if stack is None else scoring.limit(stack)
+            most = None if getattr(config, name) is None else loaded.room(name)
             if most is not None and length > most:
                 raise InputError(
                     f"the engine's rows of {length} {name} tokens are longer than the {most} "
-                    "positions that this model learned: lower Engine.capacity or prompt_buckets"
+                    "positions that this model has for them: lower Engine.capacity or prompt_buckets"
                 )
         if not self._reads_apart and self._buckets[-1] > capacity:
             raise InputError(
@@ -323,7 +322,8 @@ class Engine:
         _, cache = model.apply(
             {"params": params}, batch, self._capacity, cache_dtype=dtype, method="prefill"
         )
-        before = jnp.zeros(1, jnp.int32) if self._reads_apart else length[None] - 1
+        # Behind a soft prompt, which the cache holds too.
+        before = cache.positions[:1] - 1
         rows = jax.tree.map(lambda x: x[:1], (cache.layers, cache.memory_segment_ids))
         return dataclasses.replace(
             cache,
