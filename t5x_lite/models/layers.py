@@ -74,7 +74,11 @@ def kernel(
         )
     else:
         init = nn.initializers.normal(stddev)
-    return module.param("kernel", nn.with_logical_partitioning(init, names), shape, dtype)
+    boxed = nn.with_logical_partitioning(init, names)
+    found: Array | weights.StructuredWeight = weights.parameter(
+        module, "kernel", boxed, shape, dtype
+    )
+    return found
 
 
 def bias(
@@ -82,7 +86,7 @@ def bias(
 ) -> Array:
     """The module's parameter `bias [*shape]` from zeros, shaped and typed to be added to `y`."""
     init = nn.with_logical_partitioning(nn.initializers.zeros, names)
-    parameter: Array = module.param("bias", init, tuple(shape), dtype)
+    parameter = weights.vector(weights.parameter(module, "bias", init, tuple(shape), dtype))
     return parameter.astype(y.dtype).reshape((1,) * (y.ndim - len(shape)) + parameter.shape)
 
 
@@ -97,8 +101,8 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.names)
-        self.embedding = self.param(
-            "embedding", init, (self.vocab_size, self.embed_dim), self.param_dtype
+        self.embedding = weights.parameter(
+            self, "embedding", init, (self.vocab_size, self.embed_dim), self.param_dtype
         )
 
     def __call__(self, ids: Array, dtype: Any) -> Array:
@@ -139,7 +143,9 @@ class LayerNorm(nn.Module):
 def _scale(module: Any, x: Array) -> Array:
     """The norm's parameter `scale [e]` from ones, in float32, shaped to multiply `x [..., e]`."""
     init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-    scale: Array = module.param("scale", init, x.shape[-1:], module.param_dtype)
+    scale = weights.vector(
+        weights.parameter(module, "scale", init, x.shape[-1:], module.param_dtype)
+    )
     return scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)
 
 

@@ -75,7 +75,7 @@ class RelativeBias(nn.Module):
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"), ("buckets", "heads")
         )
         shape = (self.config.num_buckets, self.num_heads)
-        embedding = self.param("embedding", init, shape, self.param_dtype)
+        embedding = weights.parameter(self, "embedding", init, shape, self.param_dtype)
         bucket = relative_bucket(
             key_places[..., None, :] - query_places[..., :, None],
             bidirectional=self.bidirectional,

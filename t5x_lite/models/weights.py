@@ -1,15 +1,18 @@
-"""The only readers of parameters: projections, lookups and tied logits.
+"""The only readers of parameters: projections, lookups, tied logits and vectors.
 
 A weight is an array, or a `StructuredWeight`: a small pytree node (a low-rank update beside its
-base, a quantised kernel) that knows how to be multiplied by. Layers call the three functions here
-and never look inside, so a fine-tuning transform swaps leaves and no layer changes.
+base, a quantised kernel) that knows how to be multiplied by. Layers call the functions here and
+never look inside, so a fine-tuning transform swaps leaves and no layer changes.
 """
 
 from __future__ import annotations
 
 import abc
+import math
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -17,23 +20,79 @@ from t5x_lite.types import Array
 
 
 class StructuredWeight(abc.ABC):
-    """A parameter that is more than one array. Subclasses are pytrees, their base leaf first.
+    """A parameter that is more than one array. Subclasses are pytrees.
 
-    Linen checks a parameter's shape against its first leaves only, which is what lets a node stand
-    where an initialiser declared an array.
+    In a stack their arrays have a leading layer axis, which the loop over layers takes off.
     """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter that it stands for."""
+
+    @abc.abstractmethod
+    def dense(self) -> Array:
+        """The same weight as one array in its base's dtype; for merging, never in a step."""
 
     @abc.abstractmethod
     def project(self, x: Array, in_axes: int) -> Array:
         """`x [..., in] -> [..., out]`; see `project`."""
 
-    @abc.abstractmethod
     def lookup(self, ids: Array, dtype: Any) -> Array:
         """Rows of an embedding; see `lookup`."""
+        raise NotImplementedError(f"{type(self).__name__} is no embedding")
 
-    @abc.abstractmethod
     def attend(self, x: Array) -> Array:
         """`x` against every row of an embedding; see `attend`."""
+        raise NotImplementedError(f"{type(self).__name__} is no embedding")
+
+    def vector(self) -> Array:
+        """A bias or a scale; see `vector`."""
+        raise NotImplementedError(f"{type(self).__name__} is no vector")
+
+    def square_sums(self, in_axes: int) -> Array:
+        """See `square_sums`."""
+        raise NotImplementedError(f"{type(self).__name__} has no norm of its own")
+
+
+def is_node(leaf: Any) -> bool:
+    """Whether a leaf of a parameter tree is more than an array; for `trees.flatten`."""
+    return isinstance(leaf, StructuredWeight)
+
+
+def parameter(
+    module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...], dtype: Any
+) -> Any:
+    """The module's parameter: `module.param`, which a `StructuredWeight` may stand for.
+
+    Linen compares the shapes of a parameter's leaves with what `init` makes; a node's own arrays
+    may have any, and it says what it stands for.
+    """
+    if module.has_variable("params", name):
+        found: Any = module.get_variable("params", name)
+        if isinstance(found, StructuredWeight):
+            where = "/".join((*module.path, name))
+            assert found.shape == tuple(shape), (where, found.shape, shape)
+            return found
+    return module.param(name, init, shape, dtype)
+
+
+def dense(weight: Array | StructuredWeight) -> Array:
+    """A weight as one array."""
+    return weight.dense() if isinstance(weight, StructuredWeight) else weight
+
+
+def vector(weight: Array | StructuredWeight) -> Array:
+    """A bias or a norm's scale, `[*out]`."""
+    return weight.vector() if isinstance(weight, StructuredWeight) else weight
+
+
+def square_sums(weight: Array | StructuredWeight, in_axes: int) -> Array:
+    """The sums over inputs of a kernel's squares: `[*in, *out] -> float32 [*out]`."""
+    if isinstance(weight, StructuredWeight):
+        return weight.square_sums(in_axes)
+    rows = weight.astype(jnp.float32).reshape(math.prod(weight.shape[:in_axes]), -1)
+    return jnp.sum(jnp.square(rows), axis=0).reshape(weight.shape[in_axes:])
 
 
 def project(x: Array, kernel: Array | StructuredWeight, in_axes: int = 1) -> Array:

@@ -20,6 +20,7 @@ from t5x_lite.train.schedules import Schedule, learning_rate_at
 from t5x_lite.types import InputError, Params
 
 DecayRules = tuple[tuple[str, bool], ...]  # (regex on a/b/c paths, does it decay?)
+RateRules = tuple[tuple[str, float], ...]  # (regex, what the learning rate is multiplied by)
 UNDECAYED = frozenset({"scale", "bias"})  # last names of the paths that don't decay by default
 
 
@@ -50,6 +51,7 @@ class AdamW:
     decay_rules: DecayRules = ()  # first match wins; else all but UNDECAYED
     clip_norm: float | None = None  # of the gradients' global norm, before anything else
     momentum_dtype: Any = None  # of the first moment; None: the parameter's
+    rate_rules: RateRules = ()  # first match wins; else 1.0
 
     def __post_init__(self) -> None:
         _check(self, fractions=("b1", "b2"), positive=("eps",))
@@ -64,7 +66,7 @@ class AdamW:
             weight_decay=self.weight_decay,
             mask=decay_mask(axes, self.decay_rules),
         )
-        return _clipped(self.clip_norm, step)
+        return _finished(step, axes, self)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Lion:
     decay_rules: DecayRules = ()
     clip_norm: float | None = None
     momentum_dtype: Any = None
+    rate_rules: RateRules = ()
 
     def __post_init__(self) -> None:
         _check(self, fractions=("b1", "b2"))
@@ -95,7 +98,7 @@ class Lion:
             weight_decay=self.weight_decay,
             mask=decay_mask(axes, self.decay_rules),
         )
-        return _clipped(self.clip_norm, step)
+        return _finished(step, axes, self)
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Adafactor:
     weight_decay_rate: float = 0.0  # taken per step, NOT multiplied by the learning rate (T5X)
     decay_rules: DecayRules = ()
     clip_norm: float | None = None
+    rate_rules: RateRules = ()
 
     def __post_init__(self) -> None:
         fractions = ("weight_decay_rate",) if self.beta1 is None else ("weight_decay_rate", "beta1")
@@ -135,7 +139,7 @@ class Adafactor:
             weight_decay_rate=self.weight_decay_rate,
             decay_mask=decay_mask(axes, self.decay_rules),
         )
-        return _clipped(self.clip_norm, step)
+        return _finished(step, axes, self)
 
 
 def decay_mask(axes: Params, rules: DecayRules = ()) -> Params:
@@ -151,6 +155,20 @@ def decay_mask(axes: Params, rules: DecayRules = ()) -> Params:
         for path, choice in chosen.items()
     ]
     return jax.tree.structure(axes, is_leaf=is_axes).unflatten(leaves)
+
+
+def rate_factors(axes: Params, rules: RateRules) -> Params:
+    """A tree like `axes` of what each parameter's updates, decay included, are multiplied by.
+
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354) is `(('.*/b', 16.0),)`: B learns faster than A.
+    Raises InputError for a rule that matches no path or a factor below zero.
+    """
+    for pattern, factor in rules:
+        if factor < 0.0:
+            raise InputError(f"rate_rules: {factor} for '{pattern}'; expected 0 or more")
+    paths = trees.flatten(axes, is_leaf=is_axes)
+    chosen = trees.match_first(rules, paths, default=1.0, what="rate rule")
+    return jax.tree.structure(axes, is_leaf=is_axes).unflatten(list(chosen.values()))
 
 
 def state_specs(state: Params, params: Params, specs: Params) -> Params:
@@ -201,10 +219,23 @@ def _float32_schedule(learning_rate: Schedule | float) -> Schedule | float:
     return lambda step: learning_rate_at(learning_rate, step)
 
 
-def _clipped(
-    norm: float | None, step: optax.GradientTransformation
+def _finished(
+    step: optax.GradientTransformation, axes: Params, config: Any
 ) -> optax.GradientTransformation:
-    return step if norm is None else optax.chain(optax.clip_by_global_norm(norm), step)
+    """`step` behind clipping and ahead of the rates of single parameters."""
+    parts = [step]
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.rate_rules:
+        rates = rate_factors(axes, config.rate_rules)
+        parts.append(
+            optax.stateless(
+                lambda updates, _: jax.tree.map(
+                    lambda update, rate: update * jnp.asarray(rate, update.dtype), updates, rates
+                )
+            )
+        )
+    return optax.chain(*parts) if len(parts) > 1 else step
 
 
 def _check(config: Any, fractions: tuple[str, ...] = (), positive: tuple[str, ...] = ()) -> None:

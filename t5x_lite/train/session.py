@@ -64,6 +64,19 @@ class Session:
             for shape, names in zip(shapes, self.split_names, strict=True)
         )
 
+    @functools.cached_property
+    def _kept_paths(self) -> frozenset[str]:
+        """Paths of the base whose arrays the transform freezes as they are."""
+        kept: set[str] = set()
+
+        def find(base: Params) -> None:
+            flat = trees.flatten(base)
+            frozen = trees.flatten(self._split(base)[1])
+            kept.update(path for path, leaf in frozen.items() if leaf is flat.get(path))
+
+        jax.eval_shape(find, self.base_shapes)
+        return frozenset(kept)
+
     def init_base(self) -> Params:
         """Fresh base parameters, each shard made on its device."""
         init = functools.partial(transformer.init, self.model)
@@ -81,14 +94,21 @@ class Session:
         return jax.jit(init, out_shardings=out)(self._key(0))
 
     def split(self, base: Params) -> tuple[Params, Params]:
-        """`(trainable, frozen)`; the frozen arrays are the base's own, not copies."""
+        """`(trainable, frozen)`; frozen arrays that stay as they are are the base's own."""
         if isinstance(self.transform, Full):
             return base, {}
         trainable_shapes, frozen_shapes = self.split_shapes
-        trainable = jax.jit(
-            lambda base: self._split(base)[0], out_shardings=shardings(trainable_shapes)
-        )(base)
-        flat = trees.flatten(base)
+        kept = self._kept_paths
+        made = {p: s for p, s in trees.flatten(frozen_shapes).items() if p not in kept}
+
+        def parts(base: Params) -> tuple[Params, dict[str, jax.Array]]:
+            trainable, frozen = self._split(base)
+            flat = trees.flatten(frozen)
+            return trainable, {path: flat[path] for path in made}
+
+        out = shardings(trainable_shapes), shardings(made)
+        trainable, altered = jax.jit(parts, out_shardings=out)(base)
+        flat = {**trees.flatten(base), **altered}
         return trainable, trees.map_with_path(lambda path, _: flat[path], frozen_shapes)
 
     def optimizer(self, optimizer: optim.Optimizer) -> optax.GradientTransformation:

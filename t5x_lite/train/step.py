@@ -130,11 +130,12 @@ def train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def summed_loss(params: Params, part: Batch, index: Array) -> tuple[Array, Sums]:
+        key = jax.random.fold_in(rng, index)
         logits = model.apply(
-            {"params": transform.apply(params, frozen)},
+            {"params": transform.apply(params, frozen, key)},
             part,
             deterministic=False,
-            rngs={"dropout": jax.random.fold_in(rng, index)},
+            rngs={"dropout": key},
         )
         sums = loss(logits, part)
         return sums["loss"], sums

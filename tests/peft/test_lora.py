@@ -12,8 +12,8 @@ import pytest
 
 from t5x_lite import trees, types
 from t5x_lite.models import transformer
-from t5x_lite.peft.leaves import LowRank
-from t5x_lite.peft.lora import LoRA, merge_low_rank
+from t5x_lite.peft.leaves import LowRank, merge_low_rank
+from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Freeze, Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train.session import Session

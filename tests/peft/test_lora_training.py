@@ -14,7 +14,9 @@ import pytest
 
 from t5x_lite import trees
 from t5x_lite.models import transformer, weights
-from t5x_lite.peft.lora import LoRA, _pairs, merge_low_rank
+from t5x_lite.peft import targets
+from t5x_lite.peft.leaves import merge_low_rank
+from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train.checkpoint import Checkpointer
@@ -195,6 +197,13 @@ class Stopped(weights.StructuredWeight):
     a: jax.Array
     b: jax.Array
 
+    @property
+    def shape(self):
+        return self.w.shape
+
+    def dense(self):
+        raise NotImplementedError
+
     def project(self, x, in_axes):
         update = weights.project(weights.project(x, self.a, in_axes), self.b)
         return weights.project(x, jax.lax.stop_gradient(self.w) * 1.0, in_axes) + update
@@ -218,10 +227,11 @@ class Merging(Stopped):
 def test_that_check_finds_the_known_traps(leaf):
     @dataclasses.dataclass(frozen=True)
     class Bad(LoRA):
-        def apply(self, trainable, frozen):
-            flat = trees.flatten(frozen)
-            for path, (a, b) in _pairs(trainable).items():
-                flat[path] = leaf(flat[path], a, b)
+        def apply(self, trainable, frozen, rng=None):
+            flat, own = trees.flatten(frozen), trees.flatten(trainable)
+            b = targets.by_owner(own, "b")
+            for path, a in targets.by_owner(own, "a").items():
+                flat[path] = leaf(flat[path], a, b[path])
             return trees.unflatten(flat)
 
     bad = Bad(rank=2, targets=(".*/(query|value)/kernel",))
