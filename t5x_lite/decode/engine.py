@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import types
-from t5x_lite.decode import sampling, scoring
+from t5x_lite.decode import sampling
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.sampling import Greedy, RowStrategies, Sampling
 from t5x_lite.models.cache import DTYPES, Cache, CacheDtype
@@ -125,7 +125,8 @@ class Engine:
             if most is not None and length > most:
                 raise InputError(
                     f"the engine's rows of {length} {name} tokens are longer than the {most} "
-                    "positions that this model has for them: lower Engine.capacity or prompt_buckets"
+                    "positions that this model has for them: lower Engine.capacity or "
+                    "prompt_buckets"
                 )
         if not self._reads_apart and self._buckets[-1] > capacity:
             raise InputError(

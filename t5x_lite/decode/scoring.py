@@ -293,9 +293,7 @@ def item_rows(loaded: Loaded, items: Sequence[Item], rows: int) -> dict[str, np.
     }
 
 
-def encoder_rows(
-    loaded: Loaded, texts: Sequence[np.ndarray], rows: int
-) -> dict[str, np.ndarray]:
+def encoder_rows(loaded: Loaded, texts: Sequence[np.ndarray], rows: int) -> dict[str, np.ndarray]:
     """`encoder_input_tokens` and `encoder_segment_ids` `[rows, bucket of the longest]`."""
     tokens, real = padded(texts, rows, bucket(max(map(len, texts)), loaded.room("encoder")))
     return {types.ENCODER_INPUT_TOKENS: tokens, types.ENCODER_SEGMENT_IDS: real.astype(np.int32)}

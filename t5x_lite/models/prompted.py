@@ -23,15 +23,16 @@ from t5x_lite.types import Array, Batch, Params
 
 def prompt_length(params: Params) -> int:
     """How many embeddings stand in front of every text of a model with these parameters."""
-    rows = weights.prompt_rows(params["token_embedding"]["embedding"])
+    rows = weights.prompt_rows((params or {}).get("token_embedding", {}).get("embedding"))
     return 0 if rows is None else int(rows.shape[0])
 
 
 def ahead(params: Params, stack: str) -> int:
     """How many positions of a stack, "encoder" or "decoder", are not a text's own."""
+    params = params or {}
     first = "encoder" if "encoder" in params else "decoder"
     own = prompt_length(params) if stack == first else 0
-    return own + prefix_length(params[stack])
+    return own + prefix_length(params.get(stack, {}))
 
 
 class PromptedTransformer(Transformer):

@@ -150,10 +150,12 @@ def prompt_rows(weight: Any) -> Array | None:
 
 
 def _carried(weight: Any, name: str) -> Array | None:
-    """An array of that name in a weight, or in the one that it stands around."""
-    while isinstance(weight, StructuredWeight):
-        if hasattr(weight, name):
-            found: Array = getattr(weight, name)
-            return found
-        weight = getattr(weight, "w", None)
-    return None
+    """An array of that name in a weight, or in one that it stands around."""
+    if not isinstance(weight, StructuredWeight):
+        return None
+    parts = vars(weight)
+    if name in parts:
+        found: Array = parts[name]
+        return found
+    inner = (_carried(part, name) for part in parts.values())
+    return next((rows for rows in inner if rows is not None), None)

@@ -1,11 +1,10 @@
-"""Prefix tuning: trained keys and values ahead of every text (Li & Liang 2021, arXiv:2101.00190)."""
+"""Prefix tuning: trained keys and values ahead of a text (Li & Liang 2021, arXiv:2101.00190)."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import ClassVar, Final
 
 import flax.struct
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 
 from t5x_lite import trees
 from t5x_lite.models import weights
+from t5x_lite.peft import targets
 from t5x_lite.peft.transform import Transform, flatten_names
 from t5x_lite.types import Array, InputError, Params
 
@@ -30,14 +30,18 @@ class Prefixed(weights.StructuredWeight):
     w: Array | weights.StructuredWeight  # [embed, kv heads, kv], frozen
     prefix: Array  # [prefix, kv heads, kv]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    def dense(self) -> Array:
+        raise NotImplementedError("no weight makes a prefix")
+
     def project(self, x: Array, in_axes: int) -> Array:
         return weights.project(x, self.w, in_axes)
 
-    def lookup(self, ids: Array, dtype: Any) -> Array:
-        return weights.lookup(ids, self.w, dtype)
-
-    def attend(self, x: Array) -> Array:
-        return weights.attend(x, self.w)
+    def square_sums(self, in_axes: int) -> Array:
+        return weights.square_sums(self.w, in_axes)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class PrefixTuning(Transform):
     # last stack (a decoder's, if there is one), as PEFT has it.
     targets: Sequence[str] = ()
 
+    leaves: ClassVar[tuple[str, ...]] = (_LEAF,)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.length < 1 or self.stddev < 0:
@@ -66,12 +72,11 @@ class PrefixTuning(Transform):
             )
 
     def split(self, base: Params, names: Params, rng: Array) -> tuple[Params, Params]:
-        flat = trees.flatten(base, is_leaf=lambda leaf: isinstance(leaf, weights.StructuredWeight))
+        flat = trees.flatten(base, is_leaf=weights.is_node)
         rows = {}
         for path in self._targeted(flatten_names(names)):
             layers, _, *inner = flat[path].shape
-            # Keyed by path: a prefix's start does not depend on what else has one.
-            key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
+            key = targets.key_of(rng, path)
             shape = (layers, self.length, *inner)
             rows[f"{path}/{_LEAF}"] = self.stddev * jax.random.normal(key, shape, jnp.float32)
         return trees.unflatten(rows), base
@@ -84,27 +89,23 @@ class PrefixTuning(Transform):
         }
         return trees.unflatten(rows), names
 
-    def apply(self, trainable: Params, frozen: Params) -> Params:
-        flat = trees.flatten(
-            frozen, is_leaf=lambda leaf: isinstance(leaf, weights.StructuredWeight)
-        )
-        for name, rows in trees.flatten(trainable).items():
-            path = name.removesuffix(f"/{_LEAF}")
+    def apply(self, trainable: Params, frozen: Params, rng: Array | None = None) -> Params:
+        flat = trees.flatten(frozen, is_leaf=weights.is_node)
+        for path, rows in targets.by_owner(trees.flatten(trainable), _LEAF).items():
             flat[path] = Prefixed(flat[path], rows)
         return trees.unflatten(flat)
 
     def merge(self, trainable: Params, frozen: Params) -> Params:
         raise InputError(
-            "PrefixTuning can't be merged: no weight of the base computes its keys and values. Keep "
+            "PrefixTuning can't be merged: no weight of the base makes its keys and values. Keep "
             "the run's folder and name it as the adapter (infer.adapter), or share it by save_peft"
         )
 
     def _targeted(self, names: dict[str, tuple[str, ...]]) -> list[str]:
         """Paths of the kernels, of keys and of values."""
         stack = "decoder" if any(path.startswith("decoder/") for path in names) else "encoder"
-        targets = self.targets or (f"{stack}/layers/self_attention/(key|value)/kernel",)
-        chosen = trees.match_first([(t, True) for t in targets], names, what="PrefixTuning target")
-        paths = [path for path, hit in chosen.items() if hit]
+        patterns = self.targets or (f"{stack}/layers/self_attention/(key|value)/kernel",)
+        paths = targets.find(patterns, names, "PrefixTuning target")
         for path in paths:
             if not path.endswith(_KERNELS):
                 raise InputError(

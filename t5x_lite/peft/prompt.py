@@ -1,10 +1,10 @@
-"""Prompt tuning: trained embeddings in front of every text (Lester et al. 2021, arXiv:2104.08691)."""
+"""Prompt tuning: trained embeddings before every text (Lester et al. 2021, arXiv:2104.08691)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import flax.struct
 import jax
@@ -31,14 +31,23 @@ class PromptedEmbedding(weights.StructuredWeight):
     w: Array | weights.StructuredWeight  # [vocab, embed], frozen
     prompt: Array  # [prompt, embed]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    def dense(self) -> Array:
+        raise NotImplementedError("a vocabulary has no rows for a prompt")
+
     def project(self, x: Array, in_axes: int) -> Array:
-        return weights.project(x, self.w, in_axes)
+        raise NotImplementedError("an embedding is looked up")
 
     def lookup(self, ids: Array, dtype: Any) -> Array:
         size = self.w.shape[0]
         own = ids >= size
         rows = weights.lookup(jnp.where(own, ids - size, 0), self.prompt, dtype)
-        return jnp.where(own[..., None], rows, weights.lookup(jnp.where(own, 0, ids), self.w, dtype))
+        return jnp.where(
+            own[..., None], rows, weights.lookup(jnp.where(own, 0, ids), self.w, dtype)
+        )
 
     def attend(self, x: Array) -> Array:
         return weights.attend(x, self.w)
@@ -59,6 +68,8 @@ class PromptTuning(Transform):
     start: Start = "vocabulary"
     stddev: float = 0.5  # of "random". PEFT's default is this start, with 1.0
     ids: Sequence[int] = ()
+
+    leaves: ClassVar[tuple[str, ...]] = (_LEAF,)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(int(token) for token in self.ids))
@@ -95,7 +106,7 @@ class PromptTuning(Transform):
         axes = flatten_names(names)[PATH]
         return trees.unflatten({f"{PATH}/{_LEAF}": ("places", *axes[1:])}), names
 
-    def apply(self, trainable: Params, frozen: Params) -> Params:
+    def apply(self, trainable: Params, frozen: Params, rng: Array | None = None) -> Params:
         rows = trainable["token_embedding"]["embedding"][_LEAF]
         embedding = frozen["token_embedding"]["embedding"]
         return {**frozen, "token_embedding": {"embedding": PromptedEmbedding(embedding, rows)}}

@@ -32,6 +32,8 @@ from t5x_lite.interop.hf import load_hf, read_hf_config
 from t5x_lite.models import config_heads, config_positions
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.peft.lora import LoRA
+from t5x_lite.peft.prefix import PrefixTuning
+from t5x_lite.peft.prompt import PromptTuning
 from t5x_lite.peft.transform import Freeze, Full, Transform
 from t5x_lite.records import from_record, to_record
 from t5x_lite.sharding import Partitioner
@@ -50,6 +52,8 @@ _CLASSES = (
     Full,
     Freeze,
     LoRA,
+    PrefixTuning,
+    PromptTuning,
     SentencePieceVocabulary,
     TokenizersVocabulary,
     ByteVocabulary,

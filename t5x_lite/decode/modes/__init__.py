@@ -116,6 +116,6 @@ def _check_lengths(loaded: Loaded, mode: Mode) -> None:
             what = f"infer.max_input_tokens={inputs}"
             what += f" and max_tokens={new} make" if writes else " makes"
             raise InputError(
-                f"{what} rows of {length} {name} tokens, but the model learned {most} positions for "
-                "them: lower one of the two"
+                f"{what} rows of {length} {name} tokens, but the model learned {most} positions "
+                "for them: lower one of the two"
             )
