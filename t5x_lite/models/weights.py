@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.types import Array
+from t5x_lite.types import Array, InputError
 
 
 class StructuredWeight(abc.ABC):
@@ -52,7 +52,10 @@ class StructuredWeight(abc.ABC):
 
     def square_sums(self, in_axes: int) -> Array:
         """See `square_sums`."""
-        raise NotImplementedError(f"{type(self).__name__} has no norm of its own")
+        raise InputError(
+            f"a {type(self).__name__} weight has no norm to be decomposed by: in Compose, put DoRA "
+            "behind what else adapts the same weight"
+        )
 
 
 def is_node(leaf: Any) -> bool:

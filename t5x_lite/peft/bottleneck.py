@@ -25,14 +25,14 @@ class Bottleneck(Transform):
     """Adds `up(f(down(y)))` to what attention and feed-forward give, before the residual sum.
 
     `up` starts at zero, so that the model starts as its base (near the identity, in the paper);
-    `down` is normal with variance `1/e`. After the feed-forward block alone, `targets =
-    ('.*/wo/kernel',)`, it is Pfeiffer et al.'s (2021, arXiv:2005.00247). It is no linear map, and
-    cannot be merged.
+    `down` is normal with variance `1/e`. After the feed-forward block alone,
+    `targets = ('.*/mlp/wo/kernel',)`, it is Pfeiffer et al.'s (2021, arXiv:2005.00247). It is no
+    linear map, and cannot be merged.
     """
 
     size: int = 64
     activation: str = "relu"
-    targets: Sequence[str] = (".*/(out|wo)/kernel",)  # regexes on whole paths
+    targets: Sequence[str] = (".*/layers/.*/(out|wo)/kernel",)  # regexes on whole paths
 
     leaves: ClassVar[tuple[str, ...]] = _LEAVES
 

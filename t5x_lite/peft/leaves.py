@@ -80,13 +80,14 @@ class Decomposed(weights.StructuredWeight):
 
     def project(self, x: Array, in_axes: int) -> Array:
         y = self.low.project(x, in_axes)
-        return y * self._ratio(in_axes).astype(y.dtype)
+        return y * _alongside(self._ratio(in_axes), y)
 
     def lookup(self, ids: Array, dtype: Any) -> Array:
-        return self.low.lookup(ids, dtype) * self._ratio(1).astype(dtype)
+        rows = self.low.lookup(ids, dtype)
+        return rows * _alongside(self._ratio(1), rows)
 
     def attend(self, x: Array) -> Array:
-        return self.low.attend(x * self._ratio(1).astype(x.dtype))
+        return self.low.attend(x * _alongside(self._ratio(1), x))
 
     def dense(self) -> Array:
         w = self.low.dense()
@@ -130,10 +131,10 @@ class Rescaled(weights.StructuredWeight):
         return self.w.shape
 
     def project(self, x: Array, in_axes: int) -> Array:
-        multiplier = self.multiplier.astype(x.dtype)
         if self.inputs:
-            return weights.project(x * multiplier, self.w, in_axes)
-        return weights.project(x, self.w, in_axes) * multiplier
+            return weights.project(x * _alongside(self.multiplier, x), self.w, in_axes)
+        y = weights.project(x, self.w, in_axes)
+        return y * _alongside(self.multiplier, y)
 
     def vector(self) -> Array:
         w = weights.vector(self.w)
@@ -170,8 +171,9 @@ class Bottlenecked(weights.StructuredWeight):
 
     def project(self, x: Array, in_axes: int) -> Array:
         y = weights.project(x, self.w, in_axes)
-        hidden = self.activation(weights.project(y, self.down) + self.down_bias.astype(y.dtype))
-        return y + weights.project(hidden, self.up) + self.up_bias.astype(y.dtype)
+        hidden = weights.project(y, self.down)
+        hidden = self.activation(hidden + _alongside(self.down_bias, y))
+        return y + weights.project(hidden, self.up) + _alongside(self.up_bias, y)
 
     def dense(self) -> Array:
         raise NotImplementedError("a bottleneck is no linear map")
@@ -186,6 +188,11 @@ def merge_low_rank(w: Array, a: Array, b: Array, scale: float) -> Array:
 
     update = jax.vmap(product)(a, b) if stacked else product(a, b)
     return (w.astype(jnp.float32) + scale * update.astype(jnp.float32)).astype(w.dtype)
+
+
+def _alongside(vector: Array, y: Array) -> Array:
+    """`[*out]` shaped and typed to meet `y [..., *out]`."""
+    return vector.astype(y.dtype).reshape((1,) * (y.ndim - vector.ndim) + vector.shape)
 
 
 def _beside_inputs(vector: Array, ndim: int, stacked: int) -> Array:

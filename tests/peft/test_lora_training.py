@@ -15,8 +15,10 @@ import pytest
 from t5x_lite import trees
 from t5x_lite.models import transformer, weights
 from t5x_lite.peft import targets
+from t5x_lite.peft.bottleneck import Bottleneck
+from t5x_lite.peft.ia3 import IA3
 from t5x_lite.peft.leaves import merge_low_rank
-from t5x_lite.peft.lora import LoRA
+from t5x_lite.peft.lora import DoRA, LoRA
 from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train.checkpoint import Checkpointer
@@ -142,14 +144,16 @@ def weight_residuals(config, transform, base):
     """Stacked outputs of the shapes of stacked weights, in the forward and the backward loops."""
     model = transformer.Transformer(config)
     names = transformer.axes(model)
-    trainable, frozen = jax.eval_shape(lambda: transform.split(base, names, jax.random.key(0)))
+    trainable, frozen = jax.eval_shape(
+        lambda base: transform.split(base, names, jax.random.key(0)), base
+    )
     # No activation of this batch has the size of a weight.
     batch = common.random_batch(config, rows=3, encoder=11, decoder=9)
     loss = Loss()
 
     def summed(trainable, frozen):
         logits = model.apply(
-            {"params": transform.apply(trainable, frozen)},
+            {"params": transform.apply(trainable, frozen, jax.random.key(0))},
             batch,
             deterministic=False,
             rngs={"dropout": jax.random.key(0)},
@@ -187,6 +191,20 @@ def base_shapes(config):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_no_copy_of_the_base_is_kept_for_the_backward_pass(config):
     assert weight_residuals(config, LORA, base_shapes(config)) == []
+
+
+OTHERS = {
+    "dropout": LoRA(rank=2, dropout=0.1, targets=LORA.targets),
+    "dora": DoRA(rank=2, targets=LORA.targets),
+    "ia3": IA3(),
+    "bottleneck": Bottleneck(size=4),
+}
+
+
+@pytest.mark.parametrize("transform", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("config", ["scanned", "cast"])
+def test_other_methods_keep_no_copy_either(transform, config):
+    assert weight_residuals(CONFIGS[config], transform, base_shapes(CONFIGS[config])) == []
 
 
 @flax.struct.dataclass
