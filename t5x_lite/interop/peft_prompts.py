@@ -78,7 +78,7 @@ def load_prompt(
             f"heads and {split[1]} numbers; the model's {stack} has {layers} layers of {heads} "
             f"heads and {heads * width} numbers, which makes {expected}"
         )
-    slots = found.reshape(length, 2 * shared, heads, width).astype(np.float32)
+    slots: np.ndarray = found.reshape(length, 2 * shared, heads, width).astype(np.float32)
     made = {
         path: np.stack([slots[:, place[number]] for place in _places(layers, shared, copies)])
         for number, path in enumerate(_paths(stack))

@@ -336,7 +336,7 @@ class MultiHeadAttention(nn.Module):
         """
         own = self.variables.get("params", {})
         key, value = (prefix_rows(own.get(name, {}).get("kernel")) for name in ("key", "value"))
-        return None if key is None else (key.astype(dtype), value.astype(dtype))
+        return None if key is None or value is None else (key.astype(dtype), value.astype(dtype))
 
     def _queries(self, x: Array, angles: Angles | None) -> Array:
         """Queries `[b, q, heads, d]`, turned and scaled."""

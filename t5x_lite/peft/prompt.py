@@ -70,6 +70,7 @@ class PromptTuning(Transform):
     ids: Sequence[int] = ()
 
     leaves: ClassVar[tuple[str, ...]] = (_LEAF,)
+    outermost: ClassVar[bool] = True  # other nodes know no ids behind the vocabulary
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(int(token) for token in self.ids))
