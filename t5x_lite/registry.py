@@ -25,7 +25,7 @@ from t5x_lite.decode import sampling
 from t5x_lite.evaluation import fewshot, label_metrics, metrics, text_labels, text_metrics
 from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
-from t5x_lite.peft import bottleneck, combining, compose, ia3, lora, transform
+from t5x_lite.peft import bottleneck, combining, compose, ia3, lora, prefix, prompt, transform
 from t5x_lite.serving import serve
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import demo, skipgram, word2vec, words
@@ -127,6 +127,9 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     lora.DoRA,
     ia3.IA3,
     bottleneck.Bottleneck,
+    prefix.PrefixTuning,
+    prompt.PromptTuning,
+    prompt.ids_of_text,
     compose.Compose,
     combining.Linear,
     combining.Pruning,

@@ -35,6 +35,8 @@ from t5x_lite.peft.bottleneck import Bottleneck
 from t5x_lite.peft.compose import Compose
 from t5x_lite.peft.ia3 import IA3
 from t5x_lite.peft.lora import DoRA, LoRA
+from t5x_lite.peft.prefix import PrefixTuning
+from t5x_lite.peft.prompt import PromptTuning
 from t5x_lite.peft.transform import BitFit, Freeze, Full, Transform
 from t5x_lite.records import from_record, to_record
 from t5x_lite.sharding import Partitioner
@@ -58,6 +60,8 @@ CLASSES = (
     BitFit,
     Bottleneck,
     Compose,
+    PrefixTuning,
+    PromptTuning,
     SentencePieceVocabulary,
     TokenizersVocabulary,
     ByteVocabulary,
