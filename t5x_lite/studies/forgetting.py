@@ -23,7 +23,7 @@ from rich.console import Console
 from t5x_lite.studies import pages
 from t5x_lite.studies.cloze import Cloze
 from t5x_lite.studies.spread import Spread, spread
-from t5x_lite.studies.trials import Found, Method, Recipe, Trial, run_all
+from t5x_lite.studies.trials import Found, Method, Recipe, Trial, run_all, settings
 from t5x_lite.train import run as runs
 from t5x_lite.train.evaluate import Evaluator
 from t5x_lite.train.opening import open_model
@@ -93,8 +93,7 @@ def study_forgetting(
       seeds: one run of each method for each.
       measures: which evaluations are the task's and which are pretraining's.
       zero_shot: asked before any training, and of each run's end.
-      level: the task loss at which what is kept is compared; None: the lowest that all methods'
-        mean curves reach.
+      level: the task loss at which what is kept is compared; None: the lowest that all runs reach.
       title: of the plot.
     """
     names = {evaluation.name for evaluation in recipe.evaluations}
@@ -123,7 +122,7 @@ def study_forgetting(
     )
     curves = {name: mean_curve(_of(found, name), measures) for name in methods}
     if level is None:
-        level = max(min(task for task, _ in curve) for curve in curves.values())
+        level = max(min(task for task, _ in curve_of(one, measures)) for one in found)
     rows = [summarise(name, methods[name], _of(found, name), measures, level) for name in methods]
     if jax.process_index() == 0:
         _write(output, before, found, rows, curves, measures, level, title, console)
@@ -135,9 +134,17 @@ def measure_base(
 ) -> dict[str, float]:
     """All evaluations of the model that the methods start from; kept in `before.json`."""
     path = os.path.join(output, "before.json")
+    # As a method that trains nothing has them.
+    shown = settings(
+        recipe,
+        Method(learning_rate=0.0, initial=base),
+        Trial(method="before", steps=0, seed=zero_shot.seed if zero_shot else 0),
+    )
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            record = json.load(file)
+        if record["settings"] == shown:
+            return record["scores"]
     session = Session(recipe.model, partitioner=recipe.partitioner)
     params = runs.load_params(base, recipe.model, recipe.partitioner)
     found = Evaluator(session, recipe.evaluations).run(params, {})
@@ -146,7 +153,7 @@ def measure_base(
         found |= {f"{ZERO_SHOT}/{name}": value for name, value in asked.items()}
     os.makedirs(output, exist_ok=True)
     with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(found, file, indent=1)
+        json.dump({"settings": shown, "scores": found}, file, indent=1)
     os.replace(path + ".tmp", path)
     return found
 

@@ -8,6 +8,7 @@ unless they are asked for: what a study measures is in the record.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -162,7 +163,7 @@ def run_all(
             "differ in letters and digits, and give each seed once"
         )
     known = [
-        _read(folder, trial, methods[trial.method])
+        _read(folder, settings(recipe, methods[trial.method], trial))
         for folder, trial in zip(folders, trials, strict=True)
     ]
     left = sum(found is None for found in known)
@@ -215,7 +216,7 @@ def _run(
     minutes, cpu_minutes = (time.monotonic() - clock) / 60, (time.process_time() - cpu) / 60
     found = Found(trial, scores, trained, minutes, cpu_minutes, more)
     if jax.process_index() == 0:
-        record = {**to_record(found), "settings": _settings(trial, method)}
+        record = {**to_record(found), "settings": settings(recipe, method, trial)}
         with open(os.path.join(folder, FILE + ".tmp"), "w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
             file.write("\n")
@@ -225,19 +226,21 @@ def _run(
     return found
 
 
-def _read(folder: str, trial: Trial, method: Method) -> Found | None:
+def _read(folder: str, expected: Mapping[str, Any]) -> Found | None:
     path = os.path.join(folder, FILE)
     if not os.path.exists(path):
         return None
     with open(path, encoding="utf-8") as file:
         record = json.load(file)
-    if record["settings"] != _settings(trial, method):
+    if record["settings"] != expected:
+        other = [name for name in expected if record["settings"].get(name) != expected[name]]
         raise InputError(
-            f"'{path}' is of a run with other settings than '{trial}' now has: remove its folder, "
-            "or write the study elsewhere"
+            f"'{path}' is of a run with other settings than it would have now (its "
+            f"{' and '.join(other)}): remove that folder, or write the study elsewhere"
         )
+    trial = {key: value for key, value in record["trial"].items() if key != "class"}
     return Found(
-        trial,
+        Trial(**trial),
         {int(step): values for step, values in record["scores"].items()},
         record["trained"],
         record["minutes"],
@@ -246,6 +249,16 @@ def _read(folder: str, trial: Trial, method: Method) -> Found | None:
     )
 
 
-def _settings(trial: Trial, method: Method) -> Any:
-    """What a record is of, as JSON gives it back."""
-    return json.loads(json.dumps({"trial": to_record(trial), "method": to_record(method)}))
+def settings(recipe: Recipe, method: Method, trial: Trial) -> dict[str, Any]:
+    """What a run's figures depend on, as JSON gives it back; of the recipe, a fingerprint."""
+
+    def name(value: Any) -> str:
+        return getattr(value, "__name__", type(value).__name__)  # functions, dtypes
+
+    shared = json.dumps(to_record(recipe), default=name, sort_keys=True)
+    made = {
+        "trial": to_record(trial),
+        "method": to_record(method),
+        "recipe": hashlib.sha256(shared.encode()).hexdigest()[:16],
+    }
+    return json.loads(json.dumps(made))

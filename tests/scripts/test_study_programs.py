@@ -16,7 +16,7 @@ CASES = f"""
     *study_sentiment.gin) "$PYTHON" "$@" {QUICK} --gin.SEEDS='(0,)' --gin.BUDGETS='{{100: 2}}' \\
       --gin.LIMIT=8 --gin.METHODS="{{'LoRA': @lora/Method(), 'random': @random/Method()}}" ;;
     *study_pretraining.gin) "$PYTHON" "$@" {QUICK} --gin.SEEDS='(0, 1)' \\
-      --gin.BUDGETS='{{100: 2}}' --gin.METHODS="{{'LoRA': @lora/Method()}}" \\
+      --gin.BUDGETS='{{100: 2}}' --gin.METHODS="{{'random': @random/Method()}}" \\
       --gin.loss/EvaluationBatches.limit=32 ;;
 """
 

@@ -85,5 +85,5 @@ def test_what_cannot_be_asked_is_refused(asked):
         made.ask(loaded)
     with pytest.raises(InputError, match="gives 24 questions, fewer than"):
         dataclasses.replace(made, questions=30).draw(Words())
-    with pytest.raises(InputError, match="has 6 words of one token and 4 letters"):
+    with pytest.raises(InputError, match="has 7 words of one token and 4 letters"):
         dataclasses.replace(made, choices=9).draw(Words())

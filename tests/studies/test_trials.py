@@ -140,6 +140,14 @@ def test_what_does_not_fit_is_refused(tmp_path, trained, change, message):
     assert len(trained) == 1
 
 
+def test_a_run_of_another_recipe_is_not_taken_for_this_one(tmp_path, trained):
+    made, wanted = recipe(tmp_path), [Trial(method="LoRA", steps=4, seed=0)]
+    run_all(str(tmp_path / "study"), made, METHODS, wanted)
+    wider = dataclasses.replace(made, batches=dataclasses.replace(made.batches, batch_size=8))
+    with pytest.raises(InputError, match=r"other settings .* \(its recipe\): remove that folder"):
+        run_all(str(tmp_path / "study"), wider, METHODS, wanted)
+
+
 def test_more_examples_than_there_are_and_a_bare_rate_are_errors(tmp_path):
     made = recipe(tmp_path)
     with pytest.raises(InputError, match="split 'train' has 120 records: draw fewer"):
