@@ -28,7 +28,7 @@ from t5x_lite.models import config, config_heads, config_positions
 from t5x_lite.peft import bottleneck, combining, compose, ia3, lora, prefix, prompt, transform
 from t5x_lite.serving import serve
 from t5x_lite.sharding import Partitioner
-from t5x_lite.studies import demo, skipgram, word2vec, words
+from t5x_lite.studies import cloze, demo, forgetting, skipgram, transfer, trials, word2vec, words
 from t5x_lite.studies.in_context import study_in_context
 from t5x_lite.train import (
     checkpoint,
@@ -62,6 +62,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     sources.TfdsSource,
     sources.PairedSource,
     selection.Where,
+    selection.Drawn,
     mappings.Mappings,
     textfiles.Lines,
     textfiles.Paragraphs,
@@ -199,4 +200,10 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     skipgram.SkipGram,
     word2vec.train_word2vec,
     words.study_words,
+    trials.Method,
+    trials.Recipe,
+    transfer.study_pretraining,
+    cloze.Cloze,
+    forgetting.Measures,
+    forgetting.study_forgetting,
 )

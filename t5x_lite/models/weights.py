@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from t5x_lite.types import Array, InputError
 
-
 # Rematerialisation policies know what a weight was multiplied to by this name.
 PROJECTED = "projected"
 
