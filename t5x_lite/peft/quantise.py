@@ -169,5 +169,13 @@ def find_quantise(transform: Transform) -> Quantise | None:
     return next((part for part in parts if isinstance(part, Quantise)), None)
 
 
+def without_quantise(transform: Transform) -> Transform:
+    """What of a transform is trained: of QLoRA, the LoRA."""
+    if not isinstance(transform, Compose):
+        return transform
+    parts = [part for part in transform.transforms if not isinstance(part, Quantise)]
+    return parts[0] if len(parts) == 1 else Compose(parts)
+
+
 def _is_embedding(path: str) -> bool:
     return path.endswith("/embedding")
