@@ -31,6 +31,7 @@ class Sizes:
 
     disk: tuple[int, int]
     memory: tuple[int, int]
+    part: tuple[int, int]  # in memory, of what was quantised
     change: probe.LogitChange
 
 
@@ -76,6 +77,7 @@ def quantize(
     stored = session.split(params)[0]
     before = probe.answers(session.model, params, partitioner)
     memory = trees.nbytes(params), trees.nbytes(stored)
+    part = _nbytes_of_targets(params, stored)
     del params
     after = probe.answers(session.model, session.transform.apply(stored, {}), partitioner)
     save_run(output, dataclasses.replace(run, transform=session.transform), stored, {}, 0)
@@ -84,7 +86,7 @@ def quantize(
         now = checkpointer.nbytes(0)["params"]
     finally:
         checkpointer.close()
-    sizes = Sizes((disk, now), memory, probe.logit_change(before, after))
+    sizes = Sizes((disk, now), memory, part, probe.logit_change(before, after))
     if jax.process_index() == 0:
         _print(output, quantise, sizes)
     return sizes
@@ -136,11 +138,20 @@ def _read(
     return run, params, disk
 
 
+def _nbytes_of_targets(params: Params, stored: Params) -> tuple[int, int]:
+    """Bytes of what was quantised, before and after."""
+    before, after = trees.flatten(params), trees.flatten(stored)
+    gone = {path: leaf for path, leaf in before.items() if path not in after}
+    codes = {path: leaf for path, leaf in after.items() if path not in before}
+    return trees.nbytes(gone), trees.nbytes(codes)
+
+
 def _print(output: str, quantise: Quantise, sizes: Sizes) -> None:
     table = Table(title=f"{output}: {quantise.kind}")
     for column in ("bytes", "before", "after", "share"):
         table.add_column(column, justify="left" if column == "bytes" else "right")
-    for name, (before, after) in (("on disk", sizes.disk), ("in memory", sizes.memory)):
+    rows = ("on disk", sizes.disk), ("in memory", sizes.memory), ("of what is coded", sizes.part)
+    for name, (before, after) in rows:
         table.add_row(name, f"{before:,}", f"{after:,}", f"{after / max(before, 1):.1%}")
     console = Console()
     console.print(table)
