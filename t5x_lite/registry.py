@@ -25,7 +25,7 @@ from t5x_lite.decode import sampling
 from t5x_lite.evaluation import fewshot, label_metrics, metrics, text_labels, text_metrics
 from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
-from t5x_lite.peft import bottleneck, compose, ia3, lora, transform
+from t5x_lite.peft import bottleneck, combining, compose, ia3, lora, prefix, prompt, transform
 from t5x_lite.serving import serve
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import cloze, demo, forgetting, skipgram, transfer, trials, word2vec, words
@@ -40,6 +40,7 @@ from t5x_lite.train import (
     inspect,
     loop,
     losses,
+    merging,
     offline,
     optim,
     run,
@@ -127,7 +128,16 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     lora.DoRA,
     ia3.IA3,
     bottleneck.Bottleneck,
+    prefix.PrefixTuning,
+    prompt.PromptTuning,
+    prompt.ids_of_text,
     compose.Compose,
+    combining.Linear,
+    combining.Pruning,
+    combining.Ties,
+    combining.Dare,
+    combining.Concatenation,
+    combining.Truncation,
     # decoding
     sampling.Greedy,
     sampling.Sampling,
@@ -180,6 +190,8 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     convert.convert,
     convert.run_model,
     convert.run_vocabulary,
+    merging.merge_adapter,
+    merging.combine_adapters,
     packages.fetch_model,
     vocabulary_training.train_vocabulary,
     catalog.prepare,

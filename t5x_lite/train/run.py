@@ -35,6 +35,8 @@ from t5x_lite.peft.bottleneck import Bottleneck
 from t5x_lite.peft.compose import Compose
 from t5x_lite.peft.ia3 import IA3
 from t5x_lite.peft.lora import DoRA, LoRA
+from t5x_lite.peft.prefix import PrefixTuning
+from t5x_lite.peft.prompt import PromptTuning
 from t5x_lite.peft.transform import BitFit, Freeze, Full, Transform
 from t5x_lite.records import from_record, to_record
 from t5x_lite.sharding import Partitioner
@@ -45,7 +47,7 @@ from t5x_lite.types import InputError, Params
 
 FILE = "run.json"
 VOCABULARY_FILE = "vocabulary.model"
-_CLASSES = (
+CLASSES = (
     ModelConfig,
     StackConfig,
     *config_positions.CLASSES,
@@ -58,6 +60,8 @@ _CLASSES = (
     BitFit,
     Bottleneck,
     Compose,
+    PrefixTuning,
+    PromptTuning,
     SentencePieceVocabulary,
     TokenizersVocabulary,
     ByteVocabulary,
@@ -95,7 +99,7 @@ class Run:
     vocabulary: Vocabulary
     vocabulary_fingerprint: str
     base: RunCheckpoint | None = None  # where frozen parameters come from
-    base_fingerprint: str | None = None  # of the frozen parameters
+    base_fingerprint: str | None = None  # of the base's parameters that are not trained
     seed: int = 0  # what fresh weights were drawn from
     labels: tuple[str, ...] = ()  # names of what a SequenceHead or TokenHead tells apart, in order
     asking: Asking = Asking()  # how it was trained to be asked
@@ -143,9 +147,9 @@ class Run:
                 vocabulary["path"] = os.path.join(model_dir, vocabulary["path"])
             base = record["base"]
             return cls(
-                model=from_record(record["model"], _CLASSES),
-                transform=from_record(record["transform"], _CLASSES),
-                vocabulary=from_record(vocabulary, _CLASSES),
+                model=from_record(record["model"], CLASSES),
+                transform=from_record(record["transform"], CLASSES),
+                vocabulary=from_record(vocabulary, CLASSES),
                 vocabulary_fingerprint=fingerprint,
                 base=None if base is None else RunCheckpoint(**base),
                 base_fingerprint=record["base_fingerprint"],
@@ -232,12 +236,11 @@ def load_frozen(run: Run, session: Session) -> Params:
         base = session.init_base()
     else:
         base = load_params(run.base, session.config, session.partitioner, run.seed)
-    frozen = session.split(base)[1]
-    found = trees.fingerprint(frozen)
+    found = session.fingerprint(base)
     if run.base_fingerprint != found:
         where = "its seed" if run.base is None else f"'{run.base.model_dir}'"
         raise InputError(
             f"the frozen weights from {where} have fingerprint {found}, but this run was tuned on "
             f"{run.base_fingerprint}: adapters only fit the base they were trained beside"
         )
-    return frozen
+    return session.split(base)[1]
