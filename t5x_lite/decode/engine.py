@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import types
-from t5x_lite.decode import sampling, scoring
+from t5x_lite.decode import sampling
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.requests import Event, Finished, Request
 from t5x_lite.decode.sampling import Greedy, RowStrategies, Sampling
@@ -103,12 +103,12 @@ class Engine:
             "decoder": max(capacity, 0 if self._reads_apart else self._buckets[-1]),
         }
         for name, length in lengths.items():
-            stack = getattr(config, name)
-            most = None if stack is None else scoring.limit(stack)
+            most = None if getattr(config, name) is None else loaded.room(name)
             if most is not None and length > most:
                 raise InputError(
                     f"the engine's rows of {length} {name} tokens are longer than the {most} "
-                    "positions that this model learned: lower Engine.capacity or prompt_buckets"
+                    "positions that this model has for them: lower Engine.capacity or "
+                    "prompt_buckets"
                 )
         if not self._reads_apart and self._buckets[-1] > capacity:
             raise InputError(
@@ -317,7 +317,8 @@ class Engine:
         _, cache = model.apply(
             {"params": chosen}, batch, self._capacity, cache_dtype=dtype, method="prefill"
         )
-        before = jnp.zeros(1, jnp.int32) if self._reads_apart else length[None] - 1
+        # Behind a soft prompt, which the cache holds too.
+        before = cache.positions[:1] - 1
         rows = jax.tree.map(lambda x: x[:1], (cache.layers, cache.memory_segment_ids))
         return dataclasses.replace(
             cache,

@@ -80,12 +80,12 @@ def save(
         kinds = {at_inputs[slot.path] for slot in parts}
         name = f"{peft_files.PREFIX}{module}.ia3_l"
         if kinds == {False}:
-            vector = np.ones(outputs, np.float32)
+            vector: np.ndarray = np.ones(outputs, np.float32)
             for slot in parts:
                 slot.over_outputs(vector)[...] = multipliers[slot.path][slot.at]
             tensors[name] = vector[:, None]
             continue
-        vectors = []
+        vectors: list[np.ndarray] = []
         for slot in parts:
             vectors.append(np.ones(inputs, np.float32))
             slot.over_inputs(vectors[-1])[...] = multipliers[slot.path][slot.at]

@@ -135,7 +135,7 @@ def save(
                     f"{', '.join(sorted(slot.path for slot in parts))} are a part of it: merge "
                     "the adapter, or adapt the other parts too"
                 )
-            vector = np.zeros(parts[0].sizes[1], np.float32)
+            vector: np.ndarray = np.zeros(parts[0].sizes[1], np.float32)
             for slot in parts:
                 slot.over_outputs(vector)[...] = flat[f"{slot.path}/magnitude"][slot.at]
             tensors[f"{name}.lora_magnitude_vector"] = vector

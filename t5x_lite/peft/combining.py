@@ -207,7 +207,7 @@ def _of_scale_one(
         rank_rules=tuple(others.items()),
         alpha_rules=tuple((path, float(own)) for path, own in others.items()),
     )
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for path, (a, b) in pairs.items():
         leaves |= {f"{path}/a": a, f"{path}/b": b}
     return transform, trees.unflatten(leaves)
@@ -309,7 +309,7 @@ def _largest(tensors: np.ndarray, density: float) -> np.ndarray:
     flat = tensors.reshape(len(tensors), -1)
     count = int(density * flat.shape[1])
     places = np.argsort(-np.abs(flat), axis=1, kind="stable")[:, :count]
-    kept = np.zeros(flat.shape, bool)
+    kept: np.ndarray = np.zeros(flat.shape, bool)
     np.put_along_axis(kept, places, True, axis=1)
     return tensors * kept.reshape(tensors.shape)
 

@@ -11,6 +11,7 @@ At rank 8 that is the weight's own size for a batch of `width / 16` rows.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -144,7 +145,7 @@ def select(params: Params, ids: Array) -> Params:
         if not isinstance(leaf, ManyLowRank):
             return leaf
         stack = leaf.scales.shape[:-1]
-        return leaf.replace(ids=jnp.broadcast_to(ids, (*stack, *ids.shape)))
+        return dataclasses.replace(leaf, ids=jnp.broadcast_to(ids, (*stack, *ids.shape)))
 
     return jax.tree.map(put, params, is_leaf=weights.is_node)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,7 +23,6 @@ from t5x_lite.decode.modes.asker import Asker
 from t5x_lite.decode.modes.gaps import MASK
 from t5x_lite.decode.requests import Request
 from t5x_lite.models.config import ModelConfig
-from t5x_lite.models.config_positions import Learned
 from t5x_lite.peft import many
 from t5x_lite.serving import requests
 from t5x_lite.types import InputError, Params
@@ -69,7 +68,9 @@ class Host:
         self._name = name
         self._models = dict(models)
         self._config = self._models[BASE].model.config
-        self.input_tokens, self.new_tokens = room(self._config, input_tokens, new_tokens)
+        self.input_tokens, self.new_tokens = room(
+            self._config, self._models.values(), input_tokens, new_tokens
+        )
         options = modes.Options(
             max_input_tokens=self.input_tokens,
             max_tokens=self.new_tokens,
@@ -249,23 +250,34 @@ def _encode(mode: modes.Mode, text: str) -> modes.Row:
         raise InputError(str(error).replace("infer.", "")) from error
 
 
-def room(config: ModelConfig, input_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
-    """The longest input and the most new tokens: what is given, or what the model allows."""
+def room(
+    config: ModelConfig,
+    models: Iterable[Loaded],
+    input_tokens: int | None,
+    new_tokens: int | None,
+) -> tuple[int, int]:
+    """The longest input and the most new tokens: what is given, or what all models allow.
+
+    A prompt or prefix of an adapter takes positions.
+    """
+    models = list(models)
+
+    def most(name: str) -> int:
+        if getattr(config, name) is None:
+            return 2 * _ROOM
+        known = [room for one in models if (room := one.room(name)) is not None]
+        return min(known, default=2 * _ROOM)
+
     for name, size in {"max_input_tokens": input_tokens, "max_tokens": new_tokens}.items():
         if size is not None and size < 1:
             raise InputError(f"serve.{name}={size}: expected at least 1")
     if config.encoder is not None or config.decoder is None:
-        read, written = (min(_ROOM, _learned(one)) for one in (config.encoder, config.decoder))
+        read, written = (min(_ROOM, most(name)) for name in ("encoder", "decoder"))
         return input_tokens or read, new_tokens or written
-    both = min(2 * _ROOM, _learned(config.decoder))  # in one row
+    both = min(2 * _ROOM, most("decoder"))  # in one row
     if input_tokens is None:
         input_tokens = max(1, both - (new_tokens or both // 2))
     return input_tokens, new_tokens or max(1, both - input_tokens)
-
-
-def _learned(stack: Any) -> int:
-    positions = None if stack is None else stack.positions
-    return positions.max_length if isinstance(positions, Learned) else 2 * _ROOM
 
 
 def buckets(longest: int) -> tuple[int, ...]:

@@ -16,8 +16,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_lite import trees
-from t5x_lite.models import transformer
+from t5x_lite.models import prompted, transformer
 from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.stack import prefix_length
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.peft.transform import Full, Transform
 from t5x_lite.sharding import Partitioner
@@ -63,6 +64,21 @@ class Session:
             _with_shardings(shape, self.partitioner.tree_shardings(shape, names))
             for shape, names in zip(shapes, self.split_names, strict=True)
         )
+
+    @functools.cached_property
+    def adapted(self) -> Params:
+        """What `model.apply` takes, with shape structs for arrays."""
+        return jax.eval_shape(self.transform.apply, *self.split_shapes)
+
+    @functools.cached_property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Ids of a soft prompt, which rows of data have in front of every example."""
+        first = self.config.vocab_size
+        return tuple(range(first, first + prompted.prompt_length(self.adapted)))
+
+    def prefix(self, stack: str) -> int:
+        """How many positions of a stack, "encoder" or "decoder", a trained prefix takes."""
+        return prefix_length(self.adapted.get(stack, {}))
 
     @functools.cached_property
     def _kept_paths(self) -> frozenset[str]:

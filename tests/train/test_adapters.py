@@ -246,7 +246,7 @@ def test_damaged_folders_are_one_message(base, lora, tmp_path):
     for name, (change, message) in cases.items():
         with pytest.raises(InputError, match=message):
             attach(str(changed(name, change)), under(base))
-    with pytest.raises(InputError, match="is no adapter: all of its parameters were trained"):
+    with pytest.raises(InputError, match="is no adapter: it holds a whole model"):
         Adapter.of_run(dataclasses.replace(_run(base), transform=Full()), "there")
 
 
