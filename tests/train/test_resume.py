@@ -201,7 +201,12 @@ def test_another_dtype_or_rematerialisation_does_resume(whole, data_dir, tmp_pat
 
 @pytest.mark.parametrize(
     ("metric", "period", "message"),
-    [("other/loss", 4, "of no evaluation"), ("held/loss", 3, "every 3 steps and 'held' every 4")],
+    [
+        ("other/loss", 4, "of no evaluation"),
+        ("held/loss", 3, "every 3 steps and 'held' every 4"),
+        ("held/chrf", 4, "'held' measures accuracy, bits_per_byte, loss, perplexity, and nothing"),
+        ("held", 4, "nothing called ''"),
+    ],
 )
 def test_the_best_metric_must_be_measured_at_every_checkpoint(
     metric, period, message, data_dir, tmp_path
