@@ -130,6 +130,37 @@ def as_prefix_lm(example: Example, lengths: Mapping[str, int]) -> dict[str, np.n
     return {**row, types.DECODER_PREFIX: prefix}
 
 
+def put_ahead(streams: Mapping[str, np.ndarray], ids: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """A layout's streams with a soft prompt's ids in front of what the model reads first.
+
+    That is the encoder's stream, or a decoder's where there is no encoder. ids 96 97:
+
+        decoder_input_tokens     96 97 0 5 6 1 7 8
+        decoder_target_tokens    0 0 5 6 1 7 8 1
+        decoder_loss_weights     0 0 0 0 0 1 1 1
+        decoder_prefix           1 1 1 1 1 1 0 0      where there is one
+
+    Token types are 0 there; masked positions move with their tokens. An example without a token,
+    which only fills a batch up, stays one.
+    """
+    key = types.ENCODER_INPUT_TOKENS
+    key = key if key in streams else types.DECODER_INPUT_TOKENS
+    if not len(streams[key]):
+        return dict(streams)
+    stream = key.split("_", maxsplit=1)[0]
+    new: dict[str, Any] = {key: ids, types.DECODER_PREFIX: np.ones(len(ids), np.int32)}
+    nothing: np.ndarray = np.zeros(len(ids), np.int32)
+    made = {
+        name: np.concatenate([new.get(name, nothing), values]).astype(values.dtype)
+        if name.startswith(f"{stream}_")
+        else values
+        for name, values in streams.items()
+    }
+    if types.MASKED_POSITIONS in made:
+        made[types.MASKED_POSITIONS] = made[types.MASKED_POSITIONS] + np.int32(len(ids))
+    return made
+
+
 def _row(
     inputs: np.ndarray | None, targets: np.ndarray, start_id: int, lengths: Mapping[str, int]
 ) -> dict[str, np.ndarray]:

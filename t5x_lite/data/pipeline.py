@@ -138,7 +138,7 @@ class Batches:
 
     def _checked(self, batch: Arrays) -> Arrays:
         if "_was_checked" not in self.__dict__:  # the first batch stands for all
-            check_batch(batch, self.task.vocabulary.size)
+            check_batch(batch, self.task.num_ids)
             self.__dict__["_was_checked"] = True
         return batch
 
@@ -220,7 +220,7 @@ class EvaluationBatches:
             real += [empty] * missing
         batch = Pad()(real, self.task.lengths).rows
         if step == 0:
-            check_batch(batch, self.task.vocabulary.size)
+            check_batch(batch, self.task.num_ids)
         return batch
 
     def __getitem__(self, step: int) -> Arrays:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from t5x_lite.data.layouts import as_encoder_decoder
+from t5x_lite.data.layouts import as_encoder_decoder, put_ahead
 from t5x_lite.data.objectives.base import Objective, is_labelled
 from t5x_lite.data.sources import RandomAccess, Record, Source
 from t5x_lite.data.vocabularies import Vocabulary
@@ -74,6 +74,9 @@ class Task:
     chunk: Chunks | None = None  # for documents of any length; None: one example a record
     metrics: Sequence[Metric] = ()
     postprocess: Callable[[str], str] | None = None  # of predictions and targets, before metrics
+    # Ids of a soft prompt in front of every example, in its row: training sets them by its
+    # transform.
+    prompt_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         # gin hands over wrappers of functions; the function itself pickles and compares.
@@ -97,10 +100,19 @@ class Task:
                 f"{type(self.objective).__name__} takes {' and '.join(self.objective.features)}: "
                 "set chunk=None"
             )
+        first = min(self.room.values())
+        if first < 1:
+            raise InputError(
+                f"task '{self.name}': a soft prompt of {len(self.prompt_ids)} tokens leaves no "
+                f"room in rows of {dict(self.lengths)}: make the rows longer, or the prompt shorter"
+            )
         try:
             _ = self.limits
         except InputError as error:
-            raise InputError(f"task '{self.name}': {error}") from error
+            behind = f" behind a soft prompt of {len(self.prompt_ids)} tokens"
+            raise InputError(
+                f"task '{self.name}'{behind if self.prompt_ids else ''}: {error}"
+            ) from error
 
     def _check_layout(self) -> None:
         needs, streams = (getattr(self.layout, name, None) for name in ("needs", "streams"))
@@ -131,12 +143,30 @@ class Task:
     @functools.cached_property
     def limits(self) -> tuple[int, ...]:
         """The most tokens of each feature that fit the lengths."""
-        return self.objective.fit(self.lengths)
+        return self.objective.fit(self.room)
+
+    @property
+    def room(self) -> dict[str, int]:
+        """The lengths that examples have for themselves, behind a soft prompt."""
+        first = "encoder" if "encoder" in self.lengths else "decoder"
+        return {
+            stream: length - (len(self.prompt_ids) if stream == first else 0)
+            for stream, length in self.lengths.items()
+        }
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """Itself: a task is a mixture of one."""
         return (self,)
+
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest id that rows may have."""
+        return max(self.vocabulary.size, *(token + 1 for token in self.prompt_ids), 0)
+
+    def behind(self, prompt_ids: tuple[int, ...]) -> Task:
+        """The task with a soft prompt's ids in front of every example."""
+        return dataclasses.replace(self, prompt_ids=tuple(prompt_ids))
 
     @property
     def fingerprint(self) -> str:
@@ -212,10 +242,11 @@ class Task:
     ) -> dict[str, np.ndarray]:
         """Unpadded arrays by batch key, of the tokens cut to `limits`."""
         if is_labelled(self.objective):
-            cut: Sequence[np.ndarray] = self.objective.cut(tokens, self.lengths)
+            cut: Sequence[np.ndarray] = self.objective.cut(tokens, self.room)
         else:
             cut = [one[:limit] for one, limit in zip(tokens, self.limits, strict=True)]
-        return self.layout(self.objective(*cut, rng=rng), self.lengths)
+        streams = self.layout(self.objective(*cut, rng=rng), self.room)
+        return put_ahead(streams, self.prompt_ids) if self.prompt_ids else streams
 
 
 def _kinds(record: Record) -> str:
@@ -332,6 +363,14 @@ class Mixture:
     @property
     def lengths(self) -> Mapping[str, int]:
         return self.tasks[0].lengths
+
+    @property
+    def num_ids(self) -> int:
+        return self.tasks[0].num_ids
+
+    def behind(self, prompt_ids: tuple[int, ...]) -> Mixture:
+        """See `Task.behind`."""
+        return dataclasses.replace(self, tasks=[task.behind(prompt_ids) for task in self.tasks])
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ from t5x_lite.decode import scoring
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.prompts import pad_left
 from t5x_lite.decode.scoring import Item, Measured, Score
-from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.types import Array, Batch, InputError, Params
 
@@ -95,8 +94,8 @@ def score_alternatives(
     partitioner.check_batch_size(batch_size)
     for items in questions:
         for item in items:
-            scoring.check_lengths(config, item)
-    parts = _parts(config, questions, batch_size)
+            scoring.check_lengths(loaded, item)
+    parts = _parts(loaded, questions, batch_size)
     most = max((len(items) for items in questions), default=0)
     rows = (_rows(loaded, [questions[i] for i in part], batch_size, most) for part in parts)
     program = _program(loaded.model, partitioner.replicated)
@@ -110,14 +109,13 @@ def score_alternatives(
     return scores
 
 
-def _parts(config: ModelConfig, questions: Sequence[Sequence[Item]], size: int) -> list[list[int]]:
+def _parts(loaded: Loaded, questions: Sequence[Sequence[Item]], size: int) -> list[list[int]]:
     """Batches of questions, the longest contexts first.
 
     In each, a row holds the longest context and behind it the longest choice, be it another's.
     """
-    assert config.decoder is not None
     order = sorted(range(len(questions)), key=lambda i: len(questions[i][0].context), reverse=True)
-    room = None if config.encoder is not None else scoring.limit(config.decoder)
+    room = None if loaded.model.config.encoder is not None else loaded.room("decoder")
     parts: list[list[int]] = []
     longest = written = 0
     for i in order:
@@ -136,8 +134,7 @@ def _rows(
 ) -> dict[str, np.ndarray]:
     """Prompts, `targets` and which are `real` `[rows, most, n]`, filled up with rows of nothing."""
     config, start = loaded.model.config, np.array([loaded.vocabulary.start_id], np.int32)
-    assert config.decoder is not None
-    contexts, room = [items[0].context for items in questions], scoring.limit(config.decoder)
+    contexts, room = [items[0].context for items in questions], loaded.room("decoder")
     prompts = contexts if config.encoder is None else [start] * len(questions)
     longest = max(map(len, prompts))
     written = max(len(item.continuation) for items in questions for item in items)
@@ -150,7 +147,7 @@ def _rows(
         targets[row], real[row] = tokens, which
     if config.encoder is not None:
         tokens = np.full((rows, 1), start[0], np.int32)
-        batch = scoring.encoder_rows(config.encoder, contexts, rows)
+        batch = scoring.encoder_rows(loaded, contexts, rows)
         batch[types.DECODER_INPUT_TOKENS] = tokens
         return {**batch, "targets": targets, "real": real}
     length = scoring.bucket(longest, None if room is None else room - width + 1)

@@ -39,7 +39,7 @@ def fill_mask(
     """
     assert types.MASKED_POSITIONS in batch
     # With a pair head, the first slot would be the pair's.
-    model = Transformer(dataclasses.replace(model.config, pair_head=None))
+    model = model.clone(config=dataclasses.replace(model.config, pair_head=None))
     logits = model.apply({"params": params}, batch).astype(jnp.float32)[..., :vocab_size]
     probabilities, tokens = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), candidates)
     return tokens.astype(jnp.int32), probabilities

@@ -20,9 +20,8 @@ from t5x_lite import types
 from t5x_lite.data.objectives.base import wrap, wrap_targets
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decode.loaded import Loaded
-from t5x_lite.models.config import ModelConfig, StackConfig
+from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import LMHead
-from t5x_lite.models.config_positions import Learned
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.types import Array, Batch, InputError, Params
 
@@ -220,7 +219,7 @@ def score_items(loaded: Loaded, items: Sequence[Item], *, batch_size: int = 32) 
     check_scored(config)
     partitioner.check_batch_size(batch_size)
     for one in items:
-        check_lengths(config, one)
+        check_lengths(loaded, one)
     order = sorted(range(len(items)), key=lambda i: _size(items[i]), reverse=True)
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rows = (item_rows(loaded, [items[i] for i in part], batch_size) for part in parts)
@@ -255,14 +254,14 @@ def item_rows(loaded: Loaded, items: Sequence[Item], rows: int) -> dict[str, np.
     """
     config, start = loaded.model.config, loaded.vocabulary.start_id
     assert config.decoder is not None
-    most = limit(config.decoder)
+    most = loaded.room("decoder")
     written = [item.continuation for item in items]
     if config.encoder is not None:
         inputs = [np.concatenate([[start], tokens[:-1]]) for tokens in written]
         width = bucket(max(map(len, inputs)), most)
         targets, real = padded(written, rows, width)
         return {
-            **encoder_rows(config.encoder, [item.context for item in items], rows),
+            **encoder_rows(loaded, [item.context for item in items], rows),
             types.DECODER_INPUT_TOKENS: padded(inputs, rows, width)[0],
             types.DECODER_TARGET_TOKENS: targets,
             types.DECODER_LOSS_WEIGHTS: real.astype(np.float32),
@@ -294,11 +293,9 @@ def item_rows(loaded: Loaded, items: Sequence[Item], rows: int) -> dict[str, np.
     }
 
 
-def encoder_rows(
-    config: StackConfig, texts: Sequence[np.ndarray], rows: int
-) -> dict[str, np.ndarray]:
+def encoder_rows(loaded: Loaded, texts: Sequence[np.ndarray], rows: int) -> dict[str, np.ndarray]:
     """`encoder_input_tokens` and `encoder_segment_ids` `[rows, bucket of the longest]`."""
-    tokens, real = padded(texts, rows, bucket(max(map(len, texts)), limit(config)))
+    tokens, real = padded(texts, rows, bucket(max(map(len, texts)), loaded.room("encoder")))
     return {types.ENCODER_INPUT_TOKENS: tokens, types.ENCODER_SEGMENT_IDS: real.astype(np.int32)}
 
 
@@ -318,11 +315,6 @@ def as_scores(measured: Measured) -> Iterator[Score]:
 
 
 # --- lengths -------------------------------------------------------------------------------------
-
-
-def limit(config: StackConfig) -> int | None:
-    """The longest row that a stack takes; None: it knows no end."""
-    return config.positions.max_length if isinstance(config.positions, Learned) else None
 
 
 def bucket(length: int, most: int | None, shortest: int = _SHORTEST) -> int:
@@ -345,8 +337,9 @@ def check_scored(config: ModelConfig) -> None:
         )
 
 
-def check_lengths(config: ModelConfig, item: Item) -> None:
+def check_lengths(loaded: Loaded, item: Item) -> None:
     """Raises InputError where an item has nothing to score, or is longer than the model."""
+    config = loaded.model.config
     context, written = len(item.context), len(item.continuation)
     if not written:
         raise InputError("a continuation has no token: there is nothing to score")
@@ -358,11 +351,11 @@ def check_lengths(config: ModelConfig, item: Item) -> None:
     else:
         raise InputError("a decoder's context has no token: begin it with the start token")
     for name, length in rows.items():
-        most = limit(getattr(config, name))
+        most = loaded.room(name)
         if most is not None and length > most:
             raise InputError(
                 f"a text to score is a row of {length} tokens for the {name}, which has {most} "
-                "positions (Learned.max_length): shorten the context, or take fewer shots"
+                "positions for it (Learned.max_length): shorten the context, or take fewer shots"
             )
 
 

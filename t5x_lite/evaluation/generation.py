@@ -76,16 +76,14 @@ def write_tokens(
     partitioner.check_batch_size(batch_size)
     if max_tokens < 1:
         raise InputError(f"max_tokens={max_tokens}: expected at least 1")
-    stack = config.encoder or config.decoder
-    assert stack is not None
-    room = scoring.limit(stack)
+    most = room = loaded.room("decoder" if config.encoder is None else "encoder")
     if room is not None and config.encoder is None:
         room -= max_tokens - 1  # the last token is never read
     for prompt in prompts:
         if room is not None and len(prompt) > room:
             raise InputError(
                 f"a prompt of {len(prompt)} tokens and {max_tokens} to write are more than the "
-                f"{scoring.limit(stack)} positions of this model: shorten the prompt, take fewer "
+                f"{most} positions that this model has for them: shorten the prompt, take fewer "
                 "shots, or lower max_tokens"
             )
     vocabulary = loaded.vocabulary
@@ -98,7 +96,7 @@ def write_tokens(
         for part in parts:
             rows = [prompts[i] for i in part]
             if config.encoder is not None:
-                batch = scoring.encoder_rows(config.encoder, rows, batch_size)
+                batch = scoring.encoder_rows(loaded, rows, batch_size)
             else:
                 # A row that only fills the batch up has to see something: the start.
                 fill = [np.array([vocabulary.start_id], np.int32)] * (batch_size - len(rows))

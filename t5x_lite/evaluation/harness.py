@@ -63,7 +63,8 @@ class HarnessModel(TemplateLM):
         self.loaded, self.add_bos_token, self.seed = loaded, add_bos_token, seed
         config = loaded.model.config
         self.backend = "causal" if config.encoder is None else "seq2seq"
-        known = [scoring.limit(s) for s in (config.encoder, config.decoder) if s is not None]
+        stacks = [name for name in ("encoder", "decoder") if getattr(config, name) is not None]
+        known = [loaded.room(name) for name in stacks]
         limits = [most for most in known if most is not None]
         if max_length is not None and limits and max_length > min(limits):
             raise InputError(f"max_length={max_length}: the model has {min(limits)} positions")

@@ -5,6 +5,7 @@ Shapes: b batch, q query length, k key length, h heads, d head width, e embed.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from t5x_lite.models.cache import KeyValue
 from t5x_lite.models.config import StackConfig
 from t5x_lite.models.layers import Dense, Dropout
 from t5x_lite.models.positions import Angles, rotate
+from t5x_lite.models.weights import prefix_rows
 from t5x_lite.sharding import constrain
 from t5x_lite.types import Array
 
@@ -43,9 +45,11 @@ class Visibility:
     key_prefix: Array | None = None  # [b, k]: nonzero keys are seen ahead of causality (prefix LM)
     allowed: Array | None = None  # bool [b, q, k]: no other keys are seen
     window: int | None = flax.struct.field(pytree_node=False, default=None)  # places seen, own too
+    # So many keys stand ahead of those that all of this is about, and every query sees them.
+    ahead: int = flax.struct.field(pytree_node=False, default=0)
 
     def mask(self) -> Array | None:
-        """True where visible: bool `[b or 1, 1, q, k]`, or None if all is visible to all."""
+        """True where visible: bool `[b or 1, 1, q, ahead + k]`, or None if all is visible."""
         visible = None
         if self.query_places is not None and self.key_places is not None:
             query, key = self.query_places[..., :, None], self.key_places[..., None, :]
@@ -62,7 +66,9 @@ class Visibility:
         if self.allowed is not None:
             allowed = self.allowed[:, None]
             visible = allowed if visible is None else visible & allowed
-        return visible
+        if visible is None or not self.ahead:
+            return visible
+        return jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (self.ahead, 0)), constant_values=True)
 
 
 def dot_product_attention(
@@ -90,7 +96,12 @@ def dot_product_attention(
 
 
 def cached_attention(
-    query: Array, key: Array, value: Array, visibility: Visibility, bias: Array | None = None
+    query: Array,
+    key: Array,
+    value: Array,
+    visibility: Visibility,
+    bias: Array | None = None,
+    prefix: tuple[Array, Array] | None = None,
 ) -> Array:
     """`dot_product_attention` of a few tokens over a cache, whose heads stand before its places.
 
@@ -101,7 +112,8 @@ def cached_attention(
       query: `[b * m, q, h * g, d]`.
       key, value: `[b, h, k, d]`.
       visibility: of `b` or of `b * m` rows.
-      bias: `[1 or b * m, h * g, q, k]`.
+      bias: `[1 or b * m, h * g, q, k]`, of the prefix's p keys and the cache's.
+      prefix: keys and values `[p, h, d]` ahead of the cache, which is not copied for them.
 
     Returns:
       `[b * m, q, h * g, d]` in `query`'s dtype.
@@ -114,6 +126,12 @@ def cached_attention(
     logits = jax.lax.dot_general(
         grouped.reshape(batch, heads, -1, dim), key, dimensions, preferred_element_type=jnp.float32
     ).reshape(*grouped.shape[:-1], places)
+    if prefix is not None:
+        ahead = jnp.einsum(
+            "bhmgqd,phd->bhmgqp", grouped, prefix[0], preferred_element_type=jnp.float32
+        )
+        logits = jnp.concatenate([ahead, logits], axis=-1)
+        places = logits.shape[-1]
     if bias is not None:
         split = bias.astype(jnp.float32).reshape(-1, 1, heads, logits.shape[3], length, places)
         split = split.reshape(-1, logits.shape[2] if len(bias) > 1 else 1, *split.shape[2:])
@@ -126,7 +144,16 @@ def cached_attention(
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     flat = weights.astype(value.dtype).reshape(batch, heads, -1, places)
-    attended = _product(flat, value).reshape(grouped.shape) / total
+    behind = places - value.shape[2]
+    attended = _product(flat[..., behind:], value).reshape(grouped.shape)
+    if prefix is not None:
+        attended += jnp.einsum(
+            "bhmgqp,phd->bhmgqd",
+            weights[..., :behind].astype(value.dtype),
+            prefix[1],
+            preferred_element_type=jnp.float32,
+        )
+    attended = attended / total
     return jnp.transpose(attended, (0, 2, 4, 1, 3, 5)).reshape(query.shape).astype(query.dtype)
 
 
@@ -269,6 +296,12 @@ class MultiHeadAttention(nn.Module):
         """`[b, q, e]` from `x [b, q, e]`; `angles` turn the queries."""
         config = self.config
         query = self._queries(x, angles)
+        if (prefix := self._prefix(x.dtype)) is not None:
+            key_value = tuple(
+                jnp.concatenate([jnp.broadcast_to(rows, (len(x), *rows.shape)), part], axis=1)
+                for rows, part in zip(prefix, key_value, strict=True)
+            )
+            visibility = dataclasses.replace(visibility, ahead=len(prefix[0]))
         key, value = (
             jnp.repeat(part, config.num_heads // config.kv_heads, axis=2)
             if config.kv_heads != config.num_heads
@@ -291,8 +324,19 @@ class MultiHeadAttention(nn.Module):
         query = self._queries(x, angles)
         names = ("batch", "heads", "length", "kv")
         key, value = (constrain(kv_cache.read(part, query.dtype), *names) for part in cache)
-        attended = cached_attention(query, key, value, visibility, bias)
+        if (prefix := self._prefix(query.dtype)) is not None:
+            visibility = dataclasses.replace(visibility, ahead=len(prefix[0]))
+        attended = cached_attention(query, key, value, visibility, bias, prefix)
         return self.out(constrain(attended, "batch", "length", "heads", "kv"))
+
+    def _prefix(self, dtype: Any) -> tuple[Array, Array] | None:
+        """Keys and values `[p, kv heads, d]` that every query sees ahead of the others, if any.
+
+        They stand in the parameters (see `weights.prefix_rows`), and no angle turns them.
+        """
+        own = self.variables.get("params", {})
+        key, value = (prefix_rows(own.get(name, {}).get("kernel")) for name in ("key", "value"))
+        return None if key is None or value is None else (key.astype(dtype), value.astype(dtype))
 
     def _queries(self, x: Array, angles: Angles | None) -> Array:
         """Queries `[b, q, heads, d]`, turned and scaled."""

@@ -100,7 +100,7 @@ def sinusoids(positions: Array, embed_dim: int, max_period: float) -> Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[..., :embed_dim]
 
 
-def rotary_angles(rotary: config.Rotary, dim: int, positions: Array) -> Angles:
+def rotary_angles(rotary: config.Rotary, dim: int, positions: Array, before: int = 0) -> Angles:
     """Cosines and sines, float32 `[b, l, 1, d/2]`, of each position's angles.
 
     Angle i is `position * base ** (-2i / d)` (Su et al. 2021, equation 15), its frequencies as
@@ -109,6 +109,7 @@ def rotary_angles(rotary: config.Rotary, dim: int, positions: Array) -> Angles:
     Args:
       dim: d, the dimensions of a head that turn.
       positions: int32 `[b, l]`.
+      before: how many positions come before the text's own.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float32) / dim
     inverse: Array = (rotary.base**-exponents).astype(np.float32)
@@ -117,7 +118,7 @@ def rotary_angles(rotary: config.Rotary, dim: int, positions: Array) -> Angles:
         case config.LinearScaling(factor=by):
             inverse = inverse / np.float32(by)
         case config.DynamicScaling(factor=by, original_length=original):
-            longest = jnp.maximum(_lengths(positions), original).astype(jnp.float32)
+            longest = jnp.maximum(_lengths(positions) + before, original).astype(jnp.float32)
             base = rotary.base * (by * longest / original - (by - 1)) ** (dim / (dim - 2))
             inverse = base[..., None] ** -exponents[None, None, :]
         case config.Llama3Scaling() as scaling:
@@ -126,7 +127,7 @@ def rotary_angles(rotary: config.Rotary, dim: int, positions: Array) -> Angles:
             inverse = _yarn_frequencies(inverse, rotary.base, dim, scaling)
             factor = scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
     inverse = jnp.broadcast_to(inverse, (*positions.shape, dim // 2))
-    angle = (positions.astype(jnp.float32)[..., None] * inverse)[:, :, None, :]
+    angle = ((positions + before).astype(jnp.float32)[..., None] * inverse)[:, :, None, :]
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite.models import cache as kv_cache
-from t5x_lite.models import layers
+from t5x_lite.models import layers, weights
 from t5x_lite.models import positions as places
 from t5x_lite.models.attention import ATTENDED, MultiHeadAttention, Visibility
 from t5x_lite.models.cache import Cache, LayerCache
@@ -27,10 +27,7 @@ from t5x_lite.types import Array, InputError, Params
 
 _REMAT_POLICY = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(weights.PROJECTED, ATTENDED),
 }
 
 
@@ -50,12 +47,21 @@ def apart(params: Params) -> Params:
     return {**params, "layers": own}
 
 
-def check_length(config: StackConfig, length: int) -> None:
-    """Raises InputError for a row of more tokens than the stack learned positions."""
-    if isinstance(config.positions, Learned) and length > config.positions.max_length:
+def prefix_length(params: Params) -> int:
+    """How many keys stand ahead of a stack's tokens in its self-attention: prefix tuning's."""
+    own = params.get("layers", {})
+    kernel = own.get(_FIRST, own).get("self_attention", {}).get("key", {}).get("kernel")
+    rows = weights.prefix_rows(kernel)
+    return 0 if rows is None else int(rows.shape[-3])
+
+
+def check_length(config: StackConfig, length: int, prefix: int = 0) -> None:
+    """Raises InputError for a row of more tokens, and prefix, than the stack learned positions."""
+    if isinstance(config.positions, Learned) and length + prefix > config.positions.max_length:
+        behind = f" behind a prefix of {prefix}" if prefix else ""
         raise InputError(
-            f"a row of {length} tokens is longer than the {config.positions.max_length} positions "
-            "that this model learned (Learned.max_length): shorten it"
+            f"a row of {length} tokens{behind} is longer than the {config.positions.max_length} "
+            "positions that this model learned (Learned.max_length): shorten it"
         )
 
 
@@ -191,19 +197,28 @@ class Stack(nn.Module):
             visibility = dataclasses.replace(
                 visibility, query_places=query_places, key_places=key_places
             )
-        x = self._embed(x, positions, token_types)
+        # A prefix takes the first positions of every text, as past keys do.
+        prefix = prefix_length(self.variables.get("params", {}))
+        x = self._embed(x, positions, token_types, prefix)
         bias = angles = None
         if isinstance(config.positions, RelativeBias):
-            bias = places.RelativeBias(
+            relative = places.RelativeBias(
                 config.positions,
                 config.num_heads,
                 not self.causal,
                 self.param_dtype,
                 name="relative_bias",
-            )(query_places, key_places, x.dtype)
+            )
+            bias = relative(query_places, key_places, x.dtype)
+            if prefix:
+                # By place in the text and not in the row: packed texts are equally far from it.
+                ahead = jnp.arange(-prefix, 0, dtype=jnp.int32)[None]
+                ahead = relative(positions, ahead, x.dtype)
+                bias = jnp.broadcast_to(bias, (len(ahead), *bias.shape[1:]))
+                bias = jnp.concatenate([ahead, bias], axis=-1)
             bias = constrain(bias, "batch" if len(bias) > 1 else None, "heads", None, None)
         if isinstance(config.positions, Rotary):
-            angles = places.rotary_angles(config.positions, config.rotary_dim, positions)
+            angles = places.rotary_angles(config.positions, config.rotary_dim, positions, prefix)
 
         x = layers.Dropout(config.dropout, (-2,), name="drop_in")(x, deterministic)
         shared = visibility, memory_visibility, bias, angles
@@ -266,9 +281,12 @@ class Stack(nn.Module):
             jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(config.num_layers)
         )
 
-    def _embed(self, x: Array, positions: Array, token_types: Array | None) -> Array:
+    def _embed(
+        self, x: Array, positions: Array, token_types: Array | None, prefix: int = 0
+    ) -> Array:
         """What the stack adds to its tokens' embeddings before the first layer."""
         config = self.config
+        positions = positions + prefix
 
         def table(rows: int, axis: str, name: str) -> layers.Embedding:
             stddev = 1.0 if self.stddev is None else self.stddev
@@ -277,7 +295,7 @@ class Stack(nn.Module):
 
         match config.positions:
             case Learned(max_length=most, offset=offset):
-                check_length(config, x.shape[1])
+                check_length(config, x.shape[1], prefix)
                 embedding = table(most + offset, "places", "position_embedding")
                 x = x + embedding(positions + offset, x.dtype)
             case Sinusoidal(max_period=period):

@@ -22,7 +22,7 @@ from t5x_lite.models.attention import Visibility
 from t5x_lite.models.cache import Cache
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_positions import Learned
-from t5x_lite.models.stack import Stack, apart, check_length, make_norm
+from t5x_lite.models.stack import Stack, apart, check_length, make_norm, prefix_length
 from t5x_lite.sharding import constrain
 from t5x_lite.types import Array, Batch, Params
 
@@ -142,7 +142,8 @@ class Transformer(nn.Module):
                 f"a prompt of {length} tokens is longer than the cache's {capacity} places"
             )
         else:
-            check_length(self.config.decoder, capacity)
+            prefix = prefix_length(self.variables["params"]["decoder"])
+            check_length(self.config.decoder, capacity, prefix)
             capacity = length + branches * (capacity - length)
         memory = memory_segments = None
         if self.config.encoder is not None:

@@ -18,6 +18,9 @@ import jax.numpy as jnp
 
 from t5x_lite.types import Array, InputError
 
+# Rematerialisation policies know what a weight was multiplied to by this name.
+PROJECTED = "projected"
+
 
 class StructuredWeight(abc.ABC):
     """A parameter that is more than one array. Subclasses are pytrees.
@@ -137,3 +140,28 @@ def attend(x: Array, embedding: Array | StructuredWeight) -> Array:
     if isinstance(embedding, StructuredWeight):
         return embedding.attend(x)
     return jax.lax.dot_general(x, embedding.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def prefix_rows(weight: Any) -> Array | None:
+    """Rows `[prefix, kv heads, kv]` that attention reads ahead of what `weight` projects, if any.
+
+    Prefix tuning's: a node on the kernels of keys and of values carries them.
+    """
+    return _carried(weight, "prefix")
+
+
+def prompt_rows(weight: Any) -> Array | None:
+    """Rows `[prompt, embed]` of an embedding behind its vocabulary's, if any: prompt tuning's."""
+    return _carried(weight, "prompt")
+
+
+def _carried(weight: Any, name: str) -> Array | None:
+    """An array of that name in a weight, or in one that it stands around."""
+    if not isinstance(weight, StructuredWeight):
+        return None
+    parts = vars(weight)
+    if name in parts:
+        found: Array = parts[name]
+        return found
+    inner = (_carried(part, name) for part in parts.values())
+    return next((rows for rows in inner if rows is not None), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,13 @@ class Compose(Transform):
                 f"Compose has {' and '.join(owners)}, which both train leaves named "
                 f"{', '.join(twice)}: use one of them, with rules for ranks and more targets"
             )
+        for before, part in itertools.pairwise(self.transforms):
+            if part.outermost and not before.outermost:
+                name = type(part).__name__
+                raise InputError(
+                    f"Compose has {name} behind {type(before).__name__}: name {name} first, for it "
+                    "goes around what adapts the same weight"
+                )
         plain = [part for part in self.transforms if part.trains_base]
         if len(plain) > 1:
             names = " and ".join(type(part).__name__ for part in plain)

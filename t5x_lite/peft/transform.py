@@ -28,6 +28,7 @@ class Transform(abc.ABC):
 
     leaves: ClassVar[tuple[str, ...]] = ()  # last names of the paths of what it adds
     trains_base: ClassVar[bool] = False  # whether it trains parameters of the base itself
+    outermost: ClassVar[bool] = False  # whether its nodes go around all others
 
     @abc.abstractmethod
     def split(self, base: Params, names: Params, rng: Array) -> tuple[Params, Params]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,12 +17,13 @@ import numpy as np
 
 from t5x_lite import trees
 from t5x_lite.decode import modes
-from t5x_lite.decode.engine import Engine, Request
+from t5x_lite.decode.engine import Engine
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.modes.asker import Asker
 from t5x_lite.decode.modes.gaps import MASK
+from t5x_lite.decode.requests import Request
 from t5x_lite.models.config import ModelConfig
-from t5x_lite.models.config_positions import Learned
+from t5x_lite.peft import many
 from t5x_lite.serving import requests
 from t5x_lite.types import InputError, Params
 
@@ -67,7 +68,9 @@ class Host:
         self._name = name
         self._models = dict(models)
         self._config = self._models[BASE].model.config
-        self.input_tokens, self.new_tokens = room(self._config, input_tokens, new_tokens)
+        self.input_tokens, self.new_tokens = room(
+            self._config, self._models.values(), input_tokens, new_tokens
+        )
         options = modes.Options(
             max_input_tokens=self.input_tokens,
             max_tokens=self.new_tokens,
@@ -76,6 +79,7 @@ class Host:
         self._modes = {
             adapter: _offered(loaded, options) for adapter, loaded in self._models.items()
         }
+        self._sharing = _sharing(self._models)
 
     def describe(self) -> dict[str, Any]:
         """What the model is and can do, for `/api/model`."""
@@ -96,20 +100,29 @@ class Host:
         }
 
     def engines(self, slots: int) -> dict[str, Engine]:
-        """By adapter, an engine of so many slots; none for a model that writes nothing."""
+        """By name, engines of so many slots; none for a model that writes nothing.
+
+        The base and its LoRA adapters share one, `BASE`; what can't share has one by its own name.
+        """
         if self._config.decoder is None:
             return {}
         capacity = self.new_tokens
         if self._config.encoder is None:
             capacity += self.input_tokens - 1  # the last new token is never fed
+        base = self._models[BASE]
+        models = {name: one for name, one in self._models.items() if name not in self._sharing}
+        if self._sharing:
+            tuned = [self._models[name].params for name in self._sharing]
+            params = many.together(base.params, tuned, np.array([many.NONE]))
+            models[BASE] = dataclasses.replace(base, params=params)
         return {
-            adapter: Engine(
+            name: Engine(
                 loaded,
                 slots=slots,
                 prompt_buckets=buckets(self.input_tokens),
                 capacity=capacity,
             )
-            for adapter, loaded in self._models.items()
+            for name, loaded in models.items()
         }
 
     def generate(self, asked: requests.Generate) -> Answer:
@@ -128,13 +141,16 @@ class Host:
             )
         strategy = asked.how
         row = _encode(mode, asked.prompt)
-        request = Request(row.ids, asked.max_tokens or self.new_tokens, strategy, asked.seed)
+        number = self._sharing.get(adapter, many.NONE)
+        most = asked.max_tokens or self.new_tokens
+        request = Request(row.ids, most, strategy, asked.seed, number)
 
         def record(made: np.ndarray) -> dict[str, Any]:
             found = mode.record({"inputs": asked.prompt}, row, made)
             return {"text": found["prediction"], "filled": found.get("filled")}
 
-        return Answer(adapter, request, self._models[adapter].text, record)
+        engine = BASE if adapter in self._sharing else adapter
+        return Answer(engine, request, self._models[adapter].text, record)
 
     def fill_mask(self, asked: requests.FillMask) -> Callable[[], dict[str, Any]]:
         """Answers when it is called. Raises InputError."""
@@ -207,6 +223,23 @@ def _offered(loaded: Loaded, options: modes.Options) -> dict[modes.Name, modes.M
     return found
 
 
+def _sharing(models: Mapping[str, Loaded]) -> dict[str, int]:
+    """Numbers of the adapters whose rows may stand in one batch with the base's."""
+    base, found = models[BASE], []
+    for name, loaded in models.items():
+        alike = all(
+            getattr(loaded, field) == getattr(base, field) for field in ("model", "ends", "asking")
+        )
+        if name == BASE or not alike or loaded.vocabulary.start_id != base.vocabulary.start_id:
+            continue
+        try:
+            many.low_ranks(base.params, loaded.params)
+        except InputError:
+            continue  # it has an engine of its own
+        found.append(name)
+    return {name: number for number, name in enumerate(found)}
+
+
 def _encode(mode: modes.Mode, text: str) -> modes.Row:
     """Raises InputError for an empty text, and for one that is too long."""
     if not text.strip():
@@ -217,23 +250,34 @@ def _encode(mode: modes.Mode, text: str) -> modes.Row:
         raise InputError(str(error).replace("infer.", "")) from error
 
 
-def room(config: ModelConfig, input_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
-    """The longest input and the most new tokens: what is given, or what the model allows."""
+def room(
+    config: ModelConfig,
+    models: Iterable[Loaded],
+    input_tokens: int | None,
+    new_tokens: int | None,
+) -> tuple[int, int]:
+    """The longest input and the most new tokens: what is given, or what all models allow.
+
+    A prompt or prefix of an adapter takes positions.
+    """
+    models = list(models)
+
+    def most(name: str) -> int:
+        if getattr(config, name) is None:
+            return 2 * _ROOM
+        known = [room for one in models if (room := one.room(name)) is not None]
+        return min(known, default=2 * _ROOM)
+
     for name, size in {"max_input_tokens": input_tokens, "max_tokens": new_tokens}.items():
         if size is not None and size < 1:
             raise InputError(f"serve.{name}={size}: expected at least 1")
     if config.encoder is not None or config.decoder is None:
-        read, written = (min(_ROOM, _learned(one)) for one in (config.encoder, config.decoder))
+        read, written = (min(_ROOM, most(name)) for name in ("encoder", "decoder"))
         return input_tokens or read, new_tokens or written
-    both = min(2 * _ROOM, _learned(config.decoder))  # in one row
+    both = min(2 * _ROOM, most("decoder"))  # in one row
     if input_tokens is None:
         input_tokens = max(1, both - (new_tokens or both // 2))
     return input_tokens, new_tokens or max(1, both - input_tokens)
-
-
-def _learned(stack: Any) -> int:
-    positions = None if stack is None else stack.positions
-    return positions.max_length if isinstance(positions, Learned) else 2 * _ROOM
 
 
 def buckets(longest: int) -> tuple[int, ...]:

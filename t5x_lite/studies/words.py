@@ -160,7 +160,7 @@ def contextual(
     )
     pieces = {word: vocabulary.encode(word) for run in windows for word in run}
     longest = max(sum(len(pieces[word]) for word in run) for run in windows) + 2
-    length = min(-(-longest // 8) * 8, modes.room(config, "embed", 1))
+    length = min(-(-longest // 8) * 8, modes.room(loaded, "embed", 1))
     mode = modes.make(loaded, "embed", modes.Options(max_input_tokens=length))
     assert isinstance(mode, Reading)
     sums: np.ndarray = np.zeros((len(words), config.embed_dim), np.float64)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from t5x_lite import trees
 from t5x_lite.data.objectives.base import is_labelled, wrapping
 from t5x_lite.data.pipeline import Batches
 from t5x_lite.data.tasks import Mixture, Task
@@ -84,12 +85,17 @@ def check_parts(
                 f"evaluation '{evaluation.name}' has the labels {evaluation.batches.task.labels}, "
                 f"but the training task {batches.task.labels}: their names and order must agree"
             )
-    check_streams(model, batches.task)
-    check_evaluations(model, evaluations)
+    check_streams(model, batches.task, session.prefix)
+    check_evaluations(model, evaluations, session.prefix)
     first = batches.batch(0, slice(0, 1))
     steps.check_trainable_batch(first)
     check_loss(model, loss, first)
-    _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
+    # Dimensions that do not divide, patterns that match nothing.
+    if not trees.flatten(session.split_shapes[0]):
+        raise InputError(
+            f"{type(session.transform).__name__} trains nothing: compose it with what does, "
+            "Compose((LoRA(), Quantise()))"
+        )
 
 
 def check_loss(model: ModelConfig, loss: steps.Loss, batch: Batch) -> None:
@@ -107,8 +113,17 @@ def check_loss(model: ModelConfig, loss: steps.Loss, batch: Batch) -> None:
         )
 
 
-def check_streams(model: ModelConfig, task: Task | Mixture) -> None:
-    """Raises InputError unless the task's streams are those that the model reads and answers at."""
+def _no_prefix(stack: str) -> int:
+    return 0
+
+
+def check_streams(
+    model: ModelConfig, task: Task | Mixture, prefix: Callable[[str], int] = _no_prefix
+) -> None:
+    """Raises InputError unless the task's streams are those that the model reads and answers at.
+
+    `prefix` says how many positions of a stack are taken: see `Session.prefix`.
+    """
     for name in ("encoder", "decoder"):
         stack = getattr(model, name)
         if (stack is None) != (name not in task.lengths):
@@ -118,10 +133,12 @@ def check_streams(model: ModelConfig, task: Task | Mixture) -> None:
             )
         if stack is None or not isinstance(stack.positions, Learned):
             continue
-        if task.lengths[name] > stack.positions.max_length:
+        taken, learned = prefix(name), stack.positions.max_length
+        if task.lengths[name] + taken > learned:
+            behind = f" behind a prefix of {taken}" if taken else ""
             raise InputError(
-                f"task '{task.name}' makes rows of {task.lengths[name]} {name} tokens, but the "
-                f"model learns {stack.positions.max_length} positions: shorten the rows, or raise "
+                f"task '{task.name}' makes rows of {task.lengths[name]} {name} tokens{behind}, but "
+                f"the model learns {learned} positions: shorten the rows, or raise "
                 "Learned.max_length (a pretrained model's is fixed)"
             )
     for one in task.tasks:
@@ -172,12 +189,16 @@ def check_head(model: ModelConfig, task: Task) -> None:
         )
 
 
-def check_evaluations(model: ModelConfig, evaluations: Sequence[Evaluation]) -> None:
+def check_evaluations(
+    model: ModelConfig,
+    evaluations: Sequence[Evaluation],
+    prefix: Callable[[str], int] = _no_prefix,
+) -> None:
     """Raises InputError unless the model reads the evaluations' streams, and writes what it may."""
     for evaluation in evaluations:
         task = evaluation.batches.task
         try:
-            check_streams(model, task)
+            check_streams(model, task, prefix)
         except InputError as error:
             raise InputError(f"evaluation '{evaluation.name}': {error}") from error
         if isinstance(evaluation, Generate) and is_labelled(task.objective):
@@ -206,9 +227,10 @@ def check_evaluations(model: ModelConfig, evaluations: Sequence[Evaluation]) -> 
             continue
         prompt = 1
         if model.encoder is None:  # the inputs, with what they are wrapped in, behind the start
-            longest = task.limits[0] + wrapping(task.vocabulary) + 1
+            longest = task.limits[0] + wrapping(task.vocabulary) + 1 + len(task.prompt_ids)
             prompt = min(task.lengths["decoder"], longest)
-        needed, learned = prompt + evaluation.max_tokens - 1, model.decoder.positions.max_length
+        needed = prompt + evaluation.max_tokens - 1
+        learned = model.decoder.positions.max_length - prefix("decoder")
         if needed > learned:
             raise InputError(
                 f"evaluation '{evaluation.name}' generates up to {evaluation.max_tokens} tokens "

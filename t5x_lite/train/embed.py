@@ -89,7 +89,7 @@ def embed(
     )
     config = loaded.model.config
     if max_input_tokens is None:
-        max_input_tokens = modes.room(config, "embed", 1)
+        max_input_tokens = modes.room(loaded, "embed", 1)
     options = modes.Options(max_input_tokens=max_input_tokens, prefix=prefix, pooling=pooling)
     mode = modes.make(loaded, "embed", options)
     asker = Asker(mode, batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -69,6 +70,19 @@ class Generate:
 
 
 Evaluation = TeacherForced | Generate | Label
+
+
+def behind_prompt(session: Session, evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
+    """The evaluations with the session's soft prompt, if it has one, in front of every example."""
+    if not session.prompt_ids:
+        return tuple(evaluations)
+
+    def behind(evaluation: Evaluation) -> Evaluation:
+        task = evaluation.batches.task.behind(session.prompt_ids)
+        batches = dataclasses.replace(evaluation.batches, task=task)
+        return dataclasses.replace(evaluation, batches=batches)
+
+    return tuple(map(behind, evaluations))
 
 
 class Evaluator:

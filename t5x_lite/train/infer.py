@@ -97,7 +97,7 @@ def infer(
         model_dir, adapter=adapter, step=step, vocabulary=vocabulary, partitioner=partitioner
     )
     if max_input_tokens is None:
-        max_input_tokens = modes.room(loaded.model.config, mode, max_tokens)
+        max_input_tokens = modes.room(loaded, mode, max_tokens)
     options = modes.Options(
         max_input_tokens=max_input_tokens,
         max_tokens=max_tokens,

@@ -24,7 +24,13 @@ from t5x_lite.train import checks, writers
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
 from t5x_lite.train.checkpoint import Checkpointer, CheckpointPolicy, versions
-from t5x_lite.train.evaluate import PREDICTIONS, Evaluation, Evaluator, TeacherForced
+from t5x_lite.train.evaluate import (
+    PREDICTIONS,
+    Evaluation,
+    Evaluator,
+    TeacherForced,
+    behind_prompt,
+)
 from t5x_lite.train.losses import MEANS
 from t5x_lite.train.optim import Optimizer
 from t5x_lite.train.schedules import learning_rate_at
@@ -94,6 +100,9 @@ def train(
         raise InputError(f"train.eval_period={eval_period}: expected at least 1, or None")
     session = Session(model, transform, partitioner, seed)
     vocabulary = batches.task.vocabulary
+    if session.prompt_ids:
+        batches = dataclasses.replace(batches, task=batches.task.behind(session.prompt_ids))
+        evaluations = behind_prompt(session, evaluations)
     checks.check_parts(session, batches, loss, microbatches, evaluations)
     checks.check_best(checkpoints, evaluations, eval_period)
     transformation = session.optimizer(optimizer)
@@ -120,17 +129,12 @@ def train(
                 say(f"  (train.initial, {initial.model_dir}, was read when the run began)")
         else:
             start = 0
-            base = (
-                session.init_base()
-                if initial is None
-                else runs.load_params(initial, model, partitioner, seed)
-            )
+            base = session.init_base() if initial is None else runs.load_base(initial, session)
             params, frozen = session.split(base)
+            base_fingerprint = session.fingerprint(base)
             del base
             opt_state = session.init_opt_state(transformation, params)
-            run = dataclasses.replace(
-                run, base=initial, base_fingerprint=trees.fingerprint(frozen) if frozen else None
-            )
+            run = dataclasses.replace(run, base=initial, base_fingerprint=base_fingerprint)
             origin = "fresh weights" if initial is None else initial.model_dir
             if initial is not None and initial.step is not None:
                 origin += f", step {initial.step}"

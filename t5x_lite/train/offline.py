@@ -13,7 +13,8 @@ from t5x_lite.sharding import Partitioner
 from t5x_lite.train import checks, writers
 from t5x_lite.train import run as runs
 from t5x_lite.train.checkpoint import all_steps, find_step
-from t5x_lite.train.evaluate import Evaluation, Evaluator
+from t5x_lite.train.evaluate import Evaluation, Evaluator, behind_prompt
+from t5x_lite.train.session import Session
 from t5x_lite.types import InputError
 
 
@@ -55,7 +56,9 @@ def evaluate_run(
                 f"evaluation '{evaluation.name}' has the labels {labels}, but '{model_dir}' was "
                 f"trained with {run.labels}: their names and order must agree"
             )
-    checks.check_evaluations(run.model, evaluations)
+    tuned = Session(run.model, run.transform, partitioner, run.seed)
+    evaluations = behind_prompt(tuned, evaluations)
+    checks.check_evaluations(run.model, evaluations, tuned.prefix)
     steps = all_steps(model_dir) if step == "all" else [find_step(model_dir, step)]
     path = os.path.join(model_dir, "eval", "metrics.jsonl")
     names = {evaluation.name for evaluation in evaluations}

@@ -16,8 +16,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_lite import trees
-from t5x_lite.models import transformer
+from t5x_lite.models import prompted, transformer
 from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.stack import prefix_length
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.peft.transform import Full, Transform
 from t5x_lite.sharding import Partitioner
@@ -65,6 +66,21 @@ class Session:
         )
 
     @functools.cached_property
+    def adapted(self) -> Params:
+        """What `model.apply` takes, with shape structs for arrays."""
+        return jax.eval_shape(self.transform.apply, *self.split_shapes)
+
+    @functools.cached_property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Ids of a soft prompt, which rows of data have in front of every example."""
+        first = self.config.vocab_size
+        return tuple(range(first, first + prompted.prompt_length(self.adapted)))
+
+    def prefix(self, stack: str) -> int:
+        """How many positions of a stack, "encoder" or "decoder", a trained prefix takes."""
+        return prefix_length(self.adapted.get(stack, {}))
+
+    @functools.cached_property
     def _kept_paths(self) -> frozenset[str]:
         """Paths of the base whose arrays the transform freezes as they are."""
         kept: set[str] = set()
@@ -110,6 +126,16 @@ class Session:
         trainable, altered = jax.jit(parts, out_shardings=out)(base)
         flat = {**trees.flatten(base), **altered}
         return trainable, trees.map_with_path(lambda path, _: flat[path], frozen_shapes)
+
+    def fingerprint(self, base: Params) -> str | None:
+        """Of the base's parameters that are not trained themselves; None: all are.
+
+        As they are in the base: what a transform makes of them (PiSSA's rest, quantised weights)
+        is not the same bit by bit on every machine.
+        """
+        trained = trees.flatten(self.split_shapes[0])
+        kept = {path: leaf for path, leaf in trees.flatten(base).items() if path not in trained}
+        return trees.fingerprint(trees.unflatten(kept)) if kept else None
 
     def optimizer(self, optimizer: optim.Optimizer) -> optax.GradientTransformation:
         return optimizer.make(self.split_names[0])

@@ -422,11 +422,10 @@ def test_rows_longer_than_the_learned_positions_are_refused():
         mode("bart", max_input_tokens=33, max_tokens=8)
     mode("llama", max_input_tokens=1000, max_tokens=1000)
     mode("gpt2", "score", max_input_tokens=32, max_tokens=64)
-    configs = common.FAMILIES
-    assert modes.room(configs["gpt2"], "generate", 8) == 25
-    assert modes.room(configs["gpt2"], "score", 8) == 32
-    assert modes.room(configs["bert"], None, 64) == 32
-    assert modes.room(configs["llama"], None, 64) == 128
+    assert modes.room(loaded_of("gpt2"), "generate", 8) == 25
+    assert modes.room(loaded_of("gpt2"), "score", 8) == 32
+    assert modes.room(loaded_of("bert"), None, 64) == 32
+    assert modes.room(loaded_of("llama"), None, 64) == 128
 
 
 def test_batches_that_do_not_divide_are_refused():

@@ -17,11 +17,15 @@ import numpy as np
 import pytest
 
 from t5x_lite import trees, types
-from t5x_lite.models import transformer
+from t5x_lite.data.layouts import put_ahead
+from t5x_lite.models import prompted, transformer
 from t5x_lite.peft.bottleneck import Bottleneck
 from t5x_lite.peft.compose import Compose
 from t5x_lite.peft.ia3 import IA3
 from t5x_lite.peft.lora import DoRA, LoRA
+from t5x_lite.peft.prefix import PrefixTuning
+from t5x_lite.peft.prompt import PromptTuning
+from t5x_lite.peft.quantise import Quantise
 from t5x_lite.peft.transform import BitFit, Freeze, Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train.checkpoint import Checkpointer
@@ -57,6 +61,8 @@ METHODS = {
     "dora": Method(DoRA(rank=4, targets=EVERYWHERE), rounding=2e-5),
     "ia3": Method(IA3()),
     "bottleneck": Method(Bottleneck(size=4), merges=False),
+    "prefix": Method(PrefixTuning(length=3, stddev=1.0), starts_as_base=False, merges=False),
+    "prompt": Method(PromptTuning(length=3), starts_as_base=False, merges=False),
     "composed": Method(
         Compose((IA3(), LoRA(rank=2, targets=(".*/(query|value)/kernel",)), BitFit()))
     ),
@@ -65,6 +71,8 @@ FAMILIES = {"bert": common.FAMILIES["bert"], "gpt2": common.FAMILIES["gpt2"], "t
 # Several at once, for steps: no two adapt a weight in a way that hides another.
 TOGETHER = Compose(
     (
+        PromptTuning(length=2),
+        PrefixTuning(length=3),
         Bottleneck(size=4, targets=(".*/wo/kernel",)),
         IA3(),
         DoRA(rank=2, targets=(".*/(query|value|out)/kernel", "token_embedding/embedding")),
@@ -110,9 +118,14 @@ def batch_of(config, rows=4):
 @functools.cache
 def logits_of(family, unroll):
     """`params -> logits`, compiled once for each structure of parameters."""
-    model = transformer.Transformer(config_of(family, unroll))
-    batch = batch_of(model.config)
-    jitted, compiled = jax.jit(lambda params: model.apply({"params": params}, batch)), {}
+    config = config_of(family, unroll)
+    batch = batch_of(config)
+
+    def apply(params):
+        model = prompted.PromptedTransformer(config, prompt=prompted.prompt_length(params))
+        return model.apply({"params": params}, batch)
+
+    jitted, compiled = jax.jit(apply), {}
 
     def logits(params):
         key = jax.tree.structure(params)
@@ -186,12 +199,27 @@ def test_what_is_trained_has_its_names_axes_and_bytes(name, family):
     assert 0 < count <= 8
 
 
+def behind_prompt(batch, ids):
+    """What training's rows have, for a row's first text."""
+    if not ids:
+        return batch
+    rows = [
+        put_ahead(dict(zip(batch, values, strict=True)), ids)
+        for values in zip(*batch.values(), strict=True)
+    ]
+    made = {key: np.stack([row[key] for row in rows]) for key in batch}
+    first = types.ENCODER_SEGMENT_IDS if types.ENCODER_SEGMENT_IDS in batch else None
+    made[first or types.DECODER_SEGMENT_IDS][:, : len(ids)] = 1
+    return made
+
+
 def trained(transform, config, base, partitioner, batch, steps):
     """`(start, frozen, state after the steps, losses)`."""
     session = Session(config, transform, partitioner)
     optimizer = session.optimizer(AdamW(0.01))
     state, frozen = harness.start(session, optimizer, base)
     start = jax.tree.map(np.array, jax.device_get(state.params))
+    batch = behind_prompt(batch, session.prompt_ids)
     placed = session.partitioner.put_batch(batch, len(next(iter(batch.values()))))
     step = harness.compile_step(session, optimizer, state, frozen, placed)
     losses = []
@@ -261,6 +289,7 @@ def test_every_public_method_has_a_row():
 
     public = {item for item in registry.CONFIGURABLES if _is_transform(item, Transform)}
     tried = {type(method.transform) for method in METHODS.values()}
+    tried.add(Quantise)  # trains nothing: test_quantise_training
     assert public == tried
 
 

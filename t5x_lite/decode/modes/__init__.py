@@ -26,9 +26,7 @@ from t5x_lite.decode.modes.masks import FillMask
 from t5x_lite.decode.modes.scores import Score
 from t5x_lite.decode.modes.text import FillGap, FillSentinels, Generate, Rewrite
 from t5x_lite.decode.modes.vectors import Embed
-from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import LMHead, SequenceHead, TokenHead
-from t5x_lite.models.config_positions import Learned
 from t5x_lite.types import InputError
 
 __all__ = ["Item", "Mode", "Name", "Options", "Row", "make", "room"]
@@ -49,7 +47,7 @@ def make(loaded: Loaded, name: Name | None, options: Options = Options()) -> Mod
     if name not in modes:
         raise InputError(f"infer.mode='{name}' is not for {family}, which does: {', '.join(modes)}")
     made = modes[name](loaded, options)
-    _check_lengths(loaded.model.config, made)
+    _check_lengths(loaded, made)
     return made
 
 
@@ -89,20 +87,22 @@ def _gaps(loaded: Loaded) -> Gaps:
     return "sentinels" if loaded.vocabulary.mask_id is None else "mask"
 
 
-def room(config: ModelConfig, name: Name | None, max_tokens: int) -> int:
+def room(loaded: Loaded, name: Name | None, max_tokens: int) -> int:
     """How many tokens of inputs a row has by default: 128, or as many as the model can take."""
+    config = loaded.model.config
     writes = name in (None, "generate", "infill") and isinstance(config.head, LMHead)
     most = _DEFAULT_INPUT_TOKENS
-    for stack in (config.encoder, config.decoder):
-        if stack is not None and isinstance(stack.positions, Learned):
+    for stack in ("encoder", "decoder"):
+        if getattr(config, stack) is not None and (own := loaded.room(stack)) is not None:
             # A decoder alone has what it writes in the same row.
             shared = max_tokens - 1 if writes and config.encoder is None else 0
-            most = min(most, stack.positions.max_length - shared)
+            most = min(most, own - shared)
     return max(1, most)
 
 
-def _check_lengths(config: ModelConfig, mode: Mode) -> None:
+def _check_lengths(loaded: Loaded, mode: Mode) -> None:
     """Raises InputError where rows are longer than the positions that a model learned."""
+    config = loaded.model.config
     inputs, new = mode.options.max_input_tokens, mode.options.max_tokens
     writes = isinstance(mode, Generate) and not isinstance(mode, Score)
     rows = {"encoder": inputs, "decoder": new if writes else inputs}
@@ -111,13 +111,11 @@ def _check_lengths(config: ModelConfig, mode: Mode) -> None:
     if isinstance(mode, Embed) and config.encoder is not None:
         rows["decoder"] = 0
     for name, length in rows.items():
-        stack = getattr(config, name)
-        if stack is None or not isinstance(stack.positions, Learned):
-            continue
-        if length > stack.positions.max_length:
+        most = None if getattr(config, name) is None else loaded.room(name)
+        if most is not None and length > most:
             what = f"infer.max_input_tokens={inputs}"
             what += f" and max_tokens={new} make" if writes else " makes"
             raise InputError(
-                f"{what} rows of {length} {name} tokens, but the model learned "
-                f"{stack.positions.max_length} positions: lower one of the two"
+                f"{what} rows of {length} {name} tokens, but the model learned {most} positions "
+                "for them: lower one of the two"
             )

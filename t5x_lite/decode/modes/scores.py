@@ -30,7 +30,7 @@ class Score(Generate):
             self.check(part)
         if not self._reads_apart:
             self.check(np.concatenate([found.context, found.continuation[:-1]]))
-        scoring.check_lengths(self.loaded.model.config, found)
+        scoring.check_lengths(self.loaded, found)
         return Row(found.context, found.continuation, notes=found)
 
     def _parts(self, item: Item) -> scoring.Item:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from t5x_lite.train import embed
-from t5x_lite.train.probe import probe
+from t5x_lite.train.probing import probe
 from t5x_lite.types import InputError
 
 COUNT = 60

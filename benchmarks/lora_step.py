@@ -1,0 +1,208 @@
+"""Times LoRA's training step beside full fine-tuning's, and beside Hugging Face PEFT's on torch.
+
+    python benchmarks/lora_step.py --hf_python=/path/to/python   # with torch, transformers, peft
+    python benchmarks/lora_step.py                               # ours alone
+    python benchmarks/lora_step.py --method=dora --remat=none
+
+Same model, batch and optimizer (T5 1.1 small, 8 rows of 512 -> 114, AdamW), random weights, no
+dropout. The sides take turns, round by round, so that all see the same machine; PEFT's is a process
+of its own, which sleeps while it is not asked. Memory is XLA's own account of a compiled step:
+arguments, results and temporaries, without the base's weights. XLA counts a loop's body once, so
+operations are counted on steps with their layers unrolled, compiled for that alone. Nothing is
+asserted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import train_step
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from t5x_lite import trees
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.peft.ia3 import IA3
+from t5x_lite.peft.lora import DoRA, LoRA
+from t5x_lite.peft.transform import Full, Transform
+from t5x_lite.train import step as steps
+from t5x_lite.train.loop import compile_step
+from t5x_lite.train.session import Session
+
+TARGETS = (".*/(query|value)/kernel",)  # PEFT's default for T5: q and v
+METHODS: dict[str, Callable[[], Transform]] = {
+    "lora": lambda: LoRA(rank=8, targets=TARGETS),
+    "dora": lambda: DoRA(rank=8, targets=TARGETS),
+    "ia3": IA3,
+}
+
+_METHOD = flags.DEFINE_enum("method", "lora", sorted(METHODS), "What is beside full fine-tuning.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds of --steps steps on each side.")
+_COUNT = flags.DEFINE_boolean("count", True, "Count operations; compiles two steps more.")
+_HF_PYTHON = flags.DEFINE_string("hf_python", None, "A Python with torch, transformers and peft.")
+
+
+class Ours:
+    """A compiled step of one transform, and its state."""
+
+    def __init__(self, transform: Transform, unroll: int = 1):
+        shape = train_step.SHAPES[flags.FLAGS.config]
+        stack = dataclasses.replace(shape.stack, remat=flags.FLAGS.remat, unroll=unroll)
+        config = ModelConfig(
+            vocab_size=shape.vocab,
+            embed_dim=shape.embed,
+            encoder=stack,
+            decoder=stack,
+            dtype=flags.FLAGS.dtype,
+        )
+        session = Session(config, transform)
+        optimizer = session.optimizer(train_step.OPTIMIZERS[flags.FLAGS.optimizer])
+        base = session.init_base()
+        self.base_bytes = trees.nbytes(base)
+        params, self.frozen = session.split(base)
+        self.trained = trees.count(params)
+        self.state = steps.TrainState(
+            jax.device_put(np.int32(0), session.partitioner.replicated),
+            params,
+            session.init_opt_state(optimizer, params),
+        )
+        batch = train_step.random_batch(shape)
+        self.batch = session.partitioner.put_batch(batch, shape.rows)
+        self.compiled, self.compile_seconds = compile_step(
+            session, optimizer, steps.Loss(), 1, 0, self.state, self.frozen, self.batch
+        )
+        self.timed = train_step.Timed(self.step)
+
+    def step(self) -> Any:
+        self.state, metrics = self.compiled(self.state, self.frozen, self.batch)
+        return metrics
+
+    @property
+    def memory(self) -> int:
+        """Bytes beyond the base's weights."""
+        used = self.compiled.memory_analysis()
+        total = (
+            used.argument_size_in_bytes
+            + used.output_size_in_bytes
+            - used.alias_size_in_bytes
+            + used.temp_size_in_bytes
+        )
+        return total - self.base_bytes
+
+    @property
+    def gigaflop(self) -> float:
+        """By XLA's cost analysis, loops counted once."""
+        found = self.compiled.cost_analysis()
+        return (found[0] if isinstance(found, list) else found)["flops"] / 1e9
+
+
+class Theirs:
+    """PEFT's step, in the process of `lora_step_hf.py`."""
+
+    def __init__(self, python: str):
+        program = Path(__file__).with_name("lora_step_hf.py")
+        self._process = subprocess.Popen(
+            [python, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.versions = self._read()
+        shape = train_step.SHAPES[flags.FLAGS.config]
+        self._ask(
+            make={
+                "method": _METHOD.value,
+                "layers": shape.stack.num_layers,
+                "heads": shape.stack.num_heads,
+                "head_dim": shape.stack.head_dim,
+                "mlp": shape.stack.mlp_dim,
+                "embed": shape.embed,
+                "vocab": shape.vocab,
+                "rows": shape.rows,
+                "encoder": shape.encoder,
+                "decoder": shape.decoder,
+            }
+        )
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def repeat(self, times: int) -> None:
+        found = self._ask(run={"steps": times})
+        self.wall += found["wall"]
+        self.cpu += found["cpu"]
+
+    def _ask(self, **what: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit("error: the process of --hf_python ended; its own message is above")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        sys.exit(f"error: unexpected '{argv[1]}' (--help shows the flags)")
+    name = _METHOD.value
+    ours = {"full": Ours(Full()), name: Ours(METHODS[name]())}
+    theirs = None if _HF_PYTHON.value is None else Theirs(_HF_PYTHON.value)
+    timed = {side: one.timed for side, one in ours.items()}
+    if theirs is not None:
+        timed[f"PEFT {name}"] = theirs
+    for _ in range(_ROUNDS.value):
+        for side in timed.values():
+            side.repeat(max(1, flags.FLAGS.steps // _ROUNDS.value))
+
+    console = Console(width=max(Console().width, 100))
+    shape = train_step.SHAPES[flags.FLAGS.config]
+    table = Table(
+        title=f"T5 1.1 {flags.FLAGS.config}, batch {shape.rows}, {shape.encoder} -> "
+        f"{shape.decoder}, {flags.FLAGS.dtype}, remat {flags.FLAGS.remat}"
+    )
+    for column in ("step", "trained", "compile s", "step s", "least", "CPU-s", "beyond base, MiB"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for side, times in timed.items():
+        one = ours.get(side)
+        table.add_row(
+            side,
+            f"{one.trained:,}" if one else "",
+            f"{one.compile_seconds:.1f}" if one else "",
+            f"{statistics.median(times.wall):.3f}",
+            f"{min(times.wall):.3f}",
+            f"{statistics.median(times.cpu):.3f}",
+            f"{one.memory / 2**20:,.0f}" if one else "",
+        )
+    console.print(table)
+    median = {side: statistics.median(times.wall) for side, times in timed.items()}
+    print(f"{name} against full: time {median[name] / median['full']:.2f}, ", end="")
+    print(f"memory beyond the base {ours[name].memory / ours['full'].memory:.2f}")
+    if theirs is not None:
+        print(f"torch and PEFT against ours: time {median[f'PEFT {name}'] / median[name]:.2f}")
+        print(json.dumps(theirs.versions))
+    if _COUNT.value:
+        layers = shape.stack.num_layers
+        counts = {
+            "full": Ours(Full(), unroll=layers).gigaflop,
+            name: Ours(METHODS[name](), unroll=layers).gigaflop,
+        }
+        print(
+            f"GFLOP by XLA, layers unrolled: full {counts['full']:,.0f}, {name} "
+            f"{counts[name]:,.0f}: ratio {counts[name] / counts['full']:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)
