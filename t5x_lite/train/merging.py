@@ -129,12 +129,12 @@ def logit_change(
 ) -> tuple[float, float]:
     """By how much merging changes a logit of a batch of random tokens, and the largest logit."""
     session = found.session
-    apply = jax.jit(lambda params, batch: session.model.apply({"params": params}, batch))
+    apply = jax.jit(session.model.apply)
     shards = session.partitioner.batch_shards
     batch = random_batch(session.config, -(-rows // shards) * shards, length)
     with session.partitioner.activate():
-        expected = apply(found.applied(), batch)
-        change = jnp.max(jnp.abs(apply(merged, batch) - expected))
+        expected = apply({"params": found.applied()}, batch)
+        change = jnp.max(jnp.abs(apply({"params": merged}, batch) - expected))
         return float(change), float(jnp.max(jnp.abs(expected)))
 
 
