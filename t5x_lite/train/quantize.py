@@ -17,7 +17,7 @@ from t5x_lite.interop import hf_words, load_hf
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
 from t5x_lite.peft.quantise import Quantise, Stored
 from t5x_lite.sharding import Partitioner
-from t5x_lite.train import probe
+from t5x_lite.train import logits
 from t5x_lite.train import run as runs
 from t5x_lite.train.checkpoint import Checkpointer, find_step
 from t5x_lite.train.convert import format_of, save_run
@@ -32,7 +32,7 @@ class Sizes:
     disk: tuple[int, int]
     memory: tuple[int, int]
     part: tuple[int, int]  # in memory, of what was quantised
-    change: probe.LogitChange
+    change: logits.LogitChange
 
 
 def quantize(
@@ -75,18 +75,18 @@ def quantize(
     run, params, disk = _read(source, origin, step, vocabulary, partitioner)
     session = Session(run.model, Stored(quantise), partitioner, run.seed)
     stored = session.split(params)[0]
-    before = probe.answers(session.model, params, partitioner)
+    before = logits.answers(session.model, params, partitioner)
     memory = trees.nbytes(params), trees.nbytes(stored)
     part = _nbytes_of_targets(params, stored)
     del params
-    after = probe.answers(session.model, session.transform.apply(stored, {}), partitioner)
+    after = logits.answers(session.model, session.transform.apply(stored, {}), partitioner)
     save_run(output, dataclasses.replace(run, transform=session.transform), stored, {}, 0)
     checkpointer = Checkpointer(output)
     try:
         now = checkpointer.nbytes(0)["params"]
     finally:
         checkpointer.close()
-    sizes = Sizes((disk, now), memory, part, probe.logit_change(before, after))
+    sizes = Sizes((disk, now), memory, part, logits.logit_change(before, after))
     if jax.process_index() == 0:
         _print(output, quantise, sizes)
     return sizes

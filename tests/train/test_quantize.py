@@ -16,7 +16,7 @@ from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.quantise import Quantise
 from t5x_lite.peft.quantised import QuantisedWeight
 from t5x_lite.peft.transform import Freeze, Full
-from t5x_lite.train import loop, probe
+from t5x_lite.train import logits, loop
 from t5x_lite.train import run as runs
 from t5x_lite.train.convert import save_run
 from t5x_lite.train.opening import open_model
@@ -55,9 +55,9 @@ def test_a_folder_is_smaller_and_answers_alike(folders):
     nodes = {path for path, leaf in flat.items() if isinstance(leaf, QuantisedWeight)}
     assert len(nodes) == 3 * 4 + 2 * 3
     whole = open_model(str(root / "base"), partitioner=HERE)
-    change = probe.logit_change(
-        probe.answers(whole.model, whole.params, HERE),
-        probe.answers(loaded.model, loaded.params, HERE),
+    change = logits.logit_change(
+        logits.answers(whole.model, whole.params, HERE),
+        logits.answers(loaded.model, loaded.params, HERE),
     )
     assert change == sizes.change
     assert 0 < change.root_mean_square < 0.5 * change.spread
