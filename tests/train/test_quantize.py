@@ -102,6 +102,7 @@ def test_a_tuned_run_opens_by_itself_and_as_an_adapter(folders, tuned):
         open_model(str(root / "base"), adapter=str(root / "nf4"), partitioner=HERE)
 
 
+@pytest.mark.slow
 def test_a_quantised_folder_merges_to_plain_arrays(folders, tuned):
     root, _ = folders
     merged = runs.load_params(runs.RunCheckpoint(str(root / "tuned")), harness.MODEL, HERE)
@@ -159,5 +160,5 @@ def test_quantize_says_what_it_cannot_do(folders, tmp_path):
 
 def test_a_run_record_holds_its_transform():
     record = runs.to_record(Compose((LoRA(), NF4)))
-    assert runs.from_record(record, runs._CLASSES) == Compose((LoRA(), NF4))
+    assert runs.from_record(record, runs.CLASSES) == Compose((LoRA(), NF4))
     assert dataclasses.replace(NF4, kind="int8") != NF4
