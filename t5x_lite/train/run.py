@@ -31,10 +31,13 @@ from t5x_lite.interop import choice
 from t5x_lite.interop.hf import load_hf, read_hf_config
 from t5x_lite.models import config_heads, config_positions
 from t5x_lite.models.config import ModelConfig, StackConfig
-from t5x_lite.peft.lora import LoRA
+from t5x_lite.peft.bottleneck import Bottleneck
+from t5x_lite.peft.compose import Compose
+from t5x_lite.peft.ia3 import IA3
+from t5x_lite.peft.lora import DoRA, LoRA
 from t5x_lite.peft.prefix import PrefixTuning
 from t5x_lite.peft.prompt import PromptTuning
-from t5x_lite.peft.transform import Freeze, Full, Transform
+from t5x_lite.peft.transform import BitFit, Freeze, Full, Transform
 from t5x_lite.records import from_record, to_record
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import initial
@@ -51,9 +54,14 @@ _CLASSES = (
     *config_heads.CLASSES,
     Full,
     Freeze,
+    BitFit,
     LoRA,
+    DoRA,
+    IA3,
+    Bottleneck,
     PrefixTuning,
     PromptTuning,
+    Compose,
     SentencePieceVocabulary,
     TokenizersVocabulary,
     ByteVocabulary,

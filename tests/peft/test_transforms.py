@@ -27,6 +27,7 @@ from t5x_lite.peft.prefix import PrefixTuning
 from t5x_lite.peft.prompt import PromptTuning
 from t5x_lite.peft.transform import BitFit, Freeze, Full
 from t5x_lite.sharding import Partitioner
+from t5x_lite.train import run
 from t5x_lite.train.checkpoint import Checkpointer
 from t5x_lite.train.optim import AdamW
 from t5x_lite.train.session import Session
@@ -289,6 +290,7 @@ def test_every_public_method_has_a_row():
     public = {item for item in registry.CONFIGURABLES if _is_transform(item, Transform)}
     tried = {type(method.transform) for method in METHODS.values()}
     assert public == tried
+    assert public <= {*run._CLASSES}  # or a run could not be opened again
 
 
 def _is_transform(item, kind):
