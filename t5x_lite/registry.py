@@ -25,10 +25,20 @@ from t5x_lite.decode import sampling
 from t5x_lite.evaluation import fewshot, label_metrics, metrics, text_labels, text_metrics
 from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
-from t5x_lite.peft import bottleneck, compose, ia3, lora, prefix, prompt, transform
+from t5x_lite.peft import (
+    bottleneck,
+    combining,
+    compose,
+    ia3,
+    lora,
+    prefix,
+    prompt,
+    quantise,
+    transform,
+)
 from t5x_lite.serving import serve
 from t5x_lite.sharding import Partitioner
-from t5x_lite.studies import demo, skipgram, word2vec, words
+from t5x_lite.studies import cloze, demo, forgetting, skipgram, transfer, trials, word2vec, words
 from t5x_lite.studies.in_context import study_in_context
 from t5x_lite.train import (
     checkpoint,
@@ -40,8 +50,10 @@ from t5x_lite.train import (
     inspect,
     loop,
     losses,
+    merging,
     offline,
     optim,
+    quantize,
     run,
     schedules,
     step,
@@ -61,6 +73,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     sources.TfdsSource,
     sources.PairedSource,
     selection.Where,
+    selection.Drawn,
     mappings.Mappings,
     textfiles.Lines,
     textfiles.Paragraphs,
@@ -126,10 +139,17 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     lora.DoRA,
     ia3.IA3,
     bottleneck.Bottleneck,
+    quantise.Quantise,
     prefix.PrefixTuning,
     prompt.PromptTuning,
     prompt.ids_of_text,
     compose.Compose,
+    combining.Linear,
+    combining.Pruning,
+    combining.Ties,
+    combining.Dare,
+    combining.Concatenation,
+    combining.Truncation,
     # decoding
     sampling.Greedy,
     sampling.Sampling,
@@ -180,8 +200,11 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     inspect.inspect_data,
     inspect.inspect_params,
     convert.convert,
+    quantize.quantize,
     convert.run_model,
     convert.run_vocabulary,
+    merging.merge_adapter,
+    merging.combine_adapters,
     packages.fetch_model,
     vocabulary_training.train_vocabulary,
     catalog.prepare,
@@ -190,4 +213,10 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     skipgram.SkipGram,
     word2vec.train_word2vec,
     words.study_words,
+    trials.Method,
+    trials.Recipe,
+    transfer.study_pretraining,
+    cloze.Cloze,
+    forgetting.Measures,
+    forgetting.study_forgetting,
 )

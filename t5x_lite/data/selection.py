@@ -1,10 +1,12 @@
-"""A source of some of another's records."""
+"""Sources of some of another's records."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from t5x_lite.data.sources import RandomAccess, Record, Source
 from t5x_lite.types import InputError
@@ -51,6 +53,43 @@ class Where:
                 f"'{self.field}': mend Where.values"
             )
         return _Selected(records, found)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """`count` records of each split, drawn by `seed` (of the splits `only`: others stay whole).
+
+    A larger count draws the same and more: what is learned from 100 and from 1,000 examples of one
+    seed differs by the 900 alone.
+    """
+
+    source: Source
+    count: int
+    seed: int = 0
+    only: Sequence[str] | None = None  # the splits that are drawn from; None: all
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"Drawn.count={self.count}: expected at least 1")
+        if self.only is not None:
+            object.__setattr__(self, "only", tuple(self.only))
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return self.source.splits
+
+    def open(self, split: str) -> RandomAccess:
+        """Raises InputError for a split of fewer records."""
+        records = self.source.open(split)
+        if self.only is not None and split not in self.only:
+            return records
+        if self.count > len(records):
+            raise InputError(
+                f"Drawn.count={self.count}, but split '{split}' has {len(records)} records: draw "
+                "fewer"
+            )
+        order = np.random.default_rng(self.seed).permutation(len(records))
+        return _Selected(records, order[: self.count].tolist())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -24,31 +24,12 @@ import numpy as np
 from t5x_lite import types
 from t5x_lite.decode import sampling
 from t5x_lite.decode.loaded import Loaded
+from t5x_lite.decode.requests import Event, Finished, Request
 from t5x_lite.decode.sampling import Greedy, RowStrategies, Sampling
 from t5x_lite.models.cache import DTYPES, Cache, CacheDtype
 from t5x_lite.models.transformer import for_decoding
+from t5x_lite.peft import many
 from t5x_lite.types import Array, InputError, Params
-
-Finished = Literal["eos", "length"]
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What to go on from, and how."""
-
-    tokens: np.ndarray  # int32: of a decoder alone its row so far; otherwise what the encoder reads
-    max_tokens: int  # the most new tokens
-    strategy: Greedy | Sampling = Greedy()
-    seed: int = 0  # of Sampling: `generate`'s with `rng=jax.random.key(seed)[None]`
-
-
-@dataclass(frozen=True)
-class Event:
-    """A request's next token; `finished` says that it is the last, and why."""
-
-    id: int
-    token: int
-    finished: Finished | None = None
 
 
 @flax.struct.dataclass
@@ -61,6 +42,7 @@ class _State:
     seeds: Array  # uint32 [s]
     strategy: RowStrategies
     seen: Array  # bool [s, v]: tokens in the decoder's row
+    adapters: Array  # int32 [s]
 
 
 @dataclass
@@ -139,6 +121,7 @@ class Engine:
         self._running: list[_Running | None] = [None] * slots
         self._submitted = 0
         self._params: Params = jax.jit(for_decoding)(loaded.params)
+        self._adapters = many.count(loaded.params)
         shapes = jax.eval_shape(self._empty)
         shardings = self._shardings(shapes)
         self._state = jax.jit(self._empty, out_shardings=shardings)()
@@ -238,6 +221,11 @@ class Engine:
                 f"{before} tokens and {request.max_tokens} new ones don't fit Engine.capacity="
                 f"{self._capacity}: shorten the prompt, or lower max_tokens"
             )
+        if not many.NONE <= request.adapter < self._adapters:
+            raise InputError(
+                f"Request.adapter={request.adapter}: the engine's parameters hold {self._adapters} "
+                "adapters, counted from 0 (-1: none)"
+            )
         if not isinstance(request.strategy, Greedy | Sampling):
             raise InputError(
                 f"the engine does Greedy and Sampling, not {type(request.strategy).__name__}: use "
@@ -260,6 +248,7 @@ class Engine:
                 np.int32(slot),
                 np.uint32(request.seed & 0xFFFFFFFF),
                 sampling.by_row([request.strategy]),
+                np.int32(request.adapter),
             )
         return _Running(id, request.max_tokens)
 
@@ -272,6 +261,7 @@ class Engine:
             self._params,
             jax.ShapeDtypeStruct((1, self._buckets[-1]), jnp.int32),
             jnp.int32(1),
+            jnp.int32(many.NONE),
         )
         cache = jax.tree.map(lambda x: jnp.zeros((self._slots, *x.shape[1:]), x.dtype), row)
         zeros = jnp.zeros(self._slots, jnp.int32)
@@ -282,6 +272,7 @@ class Engine:
             seeds=zeros.astype(jnp.uint32),
             strategy=jax.tree.map(jnp.asarray, sampling.by_row([Greedy()] * self._slots)),
             seen=jnp.zeros((self._slots, self._loaded.model.config.vocab_size), bool),
+            adapters=zeros,
         )
 
     def _shardings(self, shapes: _State) -> Any:
@@ -300,7 +291,9 @@ class Engine:
             jax.tree.map(by_row, shapes), cache=dataclasses.replace(cache, layers=layers)
         )
 
-    def _prefilled(self, params: Params, tokens: Array, length: Array, *, bucket: int) -> Cache:
+    def _prefilled(
+        self, params: Params, tokens: Array, length: Array, adapter: Array, *, bucket: int
+    ) -> Cache:
         """The cache of one prompt: row 0 of `tokens [rows, bucket]`, as slots of `bucket` have it.
 
         It stands before the last token of the decoder's row. Places behind hold what nobody sees
@@ -320,8 +313,9 @@ class Engine:
         elif self._loaded.asking.prompt == "prefix":
             batch[types.DECODER_PREFIX] = real
         model, dtype = self._loaded.model, self._cache_dtype
+        chosen = many.select(params, jnp.broadcast_to(adapter, tokens.shape[:1]))
         _, cache = model.apply(
-            {"params": params}, batch, self._capacity, cache_dtype=dtype, method="prefill"
+            {"params": chosen}, batch, self._capacity, cache_dtype=dtype, method="prefill"
         )
         # Behind a soft prompt, which the cache holds too.
         before = cache.positions[:1] - 1
@@ -348,6 +342,7 @@ class Engine:
         slot: Array,
         seed: Array,
         strategy: RowStrategies,
+        adapter: Array,
     ) -> _State:
         """The state with a prompt in a slot."""
         if self._reads_apart:
@@ -357,12 +352,13 @@ class Engine:
             row, real = tokens[0], jnp.arange(tokens.shape[1]) < length
         seen = sampling.tokens_seen(row[None], real[None], state.seen.shape[-1])
         new = _State(
-            cache=self._prefilled(params, tokens, length, bucket=self._buckets[-1]),
+            cache=self._prefilled(params, tokens, length, adapter, bucket=self._buckets[-1]),
             last=row[jnp.sum(real) - 1][None],
             made=jnp.zeros(1, jnp.int32),
             seeds=seed[None],
             strategy=strategy,
             seen=seen,
+            adapters=adapter[None],
         )
 
         def put(old: Array, one: Array) -> Array:
@@ -373,6 +369,7 @@ class Engine:
 
     def _advanced(self, params: Params, state: _State) -> tuple[_State, Array]:
         """The state `stride` tokens on, and the tokens int32 `[t, s]`."""
+        params = many.select(params, state.adapters)
 
         def one(state: _State, _: None) -> tuple[_State, Array]:
             logits, cache = self._loaded.model.apply(

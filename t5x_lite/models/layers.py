@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.models import weights
 from t5x_lite.sharding import constrain
@@ -48,7 +49,7 @@ class Dense(nn.Module):
         weight = kernel(
             self, shape, self.names, self.param_dtype, self.in_axes, self.scale, self.stddev
         )
-        y = weights.project(x, weight, self.in_axes)
+        y = checkpoint_name(weights.project(x, weight, self.in_axes), weights.PROJECTED)
         if not self.use_bias:
             return y
         return y + bias(self, self.names[self.in_axes :], self.features, self.param_dtype, y)

@@ -27,10 +27,7 @@ from t5x_lite.types import Array, InputError, Params
 
 _REMAT_POLICY = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(weights.PROJECTED, ATTENDED),
 }
 
 

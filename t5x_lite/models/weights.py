@@ -18,6 +18,9 @@ import jax.numpy as jnp
 
 from t5x_lite.types import Array, InputError
 
+# Rematerialisation policies know what a weight was multiplied to by this name.
+PROJECTED = "projected"
+
 
 class StructuredWeight(abc.ABC):
     """A parameter that is more than one array. Subclasses are pytrees.

@@ -56,9 +56,9 @@ class IA3(Transform):
     def apply(self, trainable: Params, frozen: Params, rng: Array | None = None) -> Params:
         flat = trees.flatten(frozen, is_leaf=weights.is_node)
         multipliers = targets.by_owner(trees.flatten(trainable), "multiplier")
-        of_inputs = self._of_inputs(multipliers)
+        inputs_of = self.at_inputs(multipliers)
         for path, multiplier in multipliers.items():
-            inputs = of_inputs[path]
+            inputs = inputs_of[path]
             bias = path.removesuffix("kernel") + "bias"
             for leaf in (path, *((bias,) if bias in flat and not inputs else ())):
                 ndim = len(flat[leaf].shape) - (1 if targets.stacked(path) else 0)
@@ -71,9 +71,10 @@ class IA3(Transform):
             *targets.find(self.outputs, flat_names, "IA3.outputs", ("kernel",)),
             *targets.find(self.inputs, flat_names, "IA3.inputs", ("kernel",)),
         ]
-        return self._of_inputs(paths)
+        return self.at_inputs(paths)
 
-    def _of_inputs(self, paths: Iterable[str]) -> dict[str, bool]:
+    def at_inputs(self, paths: Iterable[str]) -> dict[str, bool]:
+        """Of adapted kernels, whether it is their inputs that are multiplied."""
         return {
             path: not any(re.fullmatch(pattern, path) for pattern in self.outputs) for path in paths
         }

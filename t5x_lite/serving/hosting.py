@@ -17,11 +17,13 @@ import numpy as np
 
 from t5x_lite import trees
 from t5x_lite.decode import modes
-from t5x_lite.decode.engine import Engine, Request
+from t5x_lite.decode.engine import Engine
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.modes.asker import Asker
 from t5x_lite.decode.modes.gaps import MASK
+from t5x_lite.decode.requests import Request
 from t5x_lite.models.config import ModelConfig
+from t5x_lite.peft import many
 from t5x_lite.serving import requests
 from t5x_lite.types import InputError, Params
 
@@ -77,6 +79,7 @@ class Host:
         self._modes = {
             adapter: _offered(loaded, options) for adapter, loaded in self._models.items()
         }
+        self._sharing = _sharing(self._models)
 
     def describe(self) -> dict[str, Any]:
         """What the model is and can do, for `/api/model`."""
@@ -97,20 +100,29 @@ class Host:
         }
 
     def engines(self, slots: int) -> dict[str, Engine]:
-        """By adapter, an engine of so many slots; none for a model that writes nothing."""
+        """By name, engines of so many slots; none for a model that writes nothing.
+
+        The base and its LoRA adapters share one, `BASE`; what can't share has one by its own name.
+        """
         if self._config.decoder is None:
             return {}
         capacity = self.new_tokens
         if self._config.encoder is None:
             capacity += self.input_tokens - 1  # the last new token is never fed
+        base = self._models[BASE]
+        models = {name: one for name, one in self._models.items() if name not in self._sharing}
+        if self._sharing:
+            tuned = [self._models[name].params for name in self._sharing]
+            params = many.together(base.params, tuned, np.array([many.NONE]))
+            models[BASE] = dataclasses.replace(base, params=params)
         return {
-            adapter: Engine(
+            name: Engine(
                 loaded,
                 slots=slots,
                 prompt_buckets=buckets(self.input_tokens),
                 capacity=capacity,
             )
-            for adapter, loaded in self._models.items()
+            for name, loaded in models.items()
         }
 
     def generate(self, asked: requests.Generate) -> Answer:
@@ -129,13 +141,16 @@ class Host:
             )
         strategy = asked.how
         row = _encode(mode, asked.prompt)
-        request = Request(row.ids, asked.max_tokens or self.new_tokens, strategy, asked.seed)
+        number = self._sharing.get(adapter, many.NONE)
+        most = asked.max_tokens or self.new_tokens
+        request = Request(row.ids, most, strategy, asked.seed, number)
 
         def record(made: np.ndarray) -> dict[str, Any]:
             found = mode.record({"inputs": asked.prompt}, row, made)
             return {"text": found["prediction"], "filled": found.get("filled")}
 
-        return Answer(adapter, request, self._models[adapter].text, record)
+        engine = BASE if adapter in self._sharing else adapter
+        return Answer(engine, request, self._models[adapter].text, record)
 
     def fill_mask(self, asked: requests.FillMask) -> Callable[[], dict[str, Any]]:
         """Answers when it is called. Raises InputError."""
@@ -206,6 +221,23 @@ def _offered(loaded: Loaded, options: modes.Options) -> dict[modes.Name, modes.M
         except InputError:  # its vocabulary has nothing to mark a gap with
             del found["infill"]
     return found
+
+
+def _sharing(models: Mapping[str, Loaded]) -> dict[str, int]:
+    """Numbers of the adapters whose rows may stand in one batch with the base's."""
+    base, found = models[BASE], []
+    for name, loaded in models.items():
+        alike = all(
+            getattr(loaded, field) == getattr(base, field) for field in ("model", "ends", "asking")
+        )
+        if name == BASE or not alike or loaded.vocabulary.start_id != base.vocabulary.start_id:
+            continue
+        try:
+            many.low_ranks(base.params, loaded.params)
+        except InputError:
+            continue  # it has an engine of its own
+        found.append(name)
+    return {name: number for number, name in enumerate(found)}
 
 
 def _encode(mode: modes.Mode, text: str) -> modes.Row:

@@ -43,7 +43,8 @@ def serve(
       host: the address to listen at; others than loopback's let other machines in.
       port: 0: one that is free.
       step: the run's checkpoint; None: the latest.
-      slots: how many texts each adapter's model writes at once.
+      slots: how many texts are written at once: with LoRA adapters and without, in one batch; any
+        other kind of adapter has so many of its own.
       queue: how many requests may wait on top of that; more are told to come again.
       max_input_tokens: the longest prompt, in tokens; None: what the model allows, at most 512.
       max_tokens: the most that may be written; None: likewise.

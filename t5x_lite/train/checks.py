@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from t5x_lite import trees
 from t5x_lite.data.objectives.base import is_labelled, wrapping
 from t5x_lite.data.pipeline import Batches
 from t5x_lite.data.tasks import Mixture, Task
@@ -83,7 +84,12 @@ def check_parts(
     first = batches.batch(0, slice(0, 1))
     steps.check_trainable_batch(first)
     check_loss(model, loss, first)
-    _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
+    # Dimensions that do not divide, patterns that match nothing.
+    if not trees.flatten(session.split_shapes[0]):
+        raise InputError(
+            f"{type(session.transform).__name__} trains nothing: compose it with what does, "
+            "Compose((LoRA(), Quantise()))"
+        )
 
 
 def check_loss(model: ModelConfig, loss: steps.Loss, batch: Batch) -> None:

@@ -8,12 +8,10 @@ from typing import Any, Final
 
 import jax
 
-from t5x_lite import trees
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.interop import (
     hf_words,
     load_hf,
-    load_peft,
     load_t5x,
     read_hf_config,
     save_hf,
@@ -26,21 +24,29 @@ from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import Head
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.peft.lora import LoRA
+from t5x_lite.peft.quantise import without_quantise
 from t5x_lite.sharding import Partitioner
+from t5x_lite.train import adapters
 from t5x_lite.train import run as runs
-from t5x_lite.train.checkpoint import Checkpointer, find_step, versions
+from t5x_lite.train.checkpoint import Checkpointer, versions
 from t5x_lite.train.imported import adafactor_state
 from t5x_lite.train.optim import Optimizer
 from t5x_lite.train.session import Session
 from t5x_lite.types import InputError, Params
 
 # The file that tells a folder's format.
-_MARKS: Final = {runs.FILE: "run", "adapter_config.json": "peft", "config.json": "hf"}
+_MARKS: Final = {
+    runs.FILE: "run",
+    adapters.FILE: "adapter",
+    adapters.PEFT: "peft",
+    "config.json": "hf",
+}
 _TARGETS: Final = {
-    "run": ("hf", "peft"),
+    "run": ("hf", "peft", "adapter"),
     "hf": ("run",),
     "t5x": ("run", "hf"),
-    "peft": ("run", "hf"),
+    "peft": ("run", "hf", "adapter"),
+    "adapter": ("run", "hf", "peft"),
 }
 
 
@@ -60,13 +66,14 @@ def convert(
     """Writes `output` in the format `to`, from whatever `source` is.
 
     Args:
-      source: a folder: of a run, of Hugging Face's (config.json and safetensors), of a PEFT
-        adapter, or a T5X checkpoint.
+      source: a folder: of a run, of Hugging Face's (config.json and safetensors), of an adapter
+        (ours or PEFT's), or a T5X checkpoint.
       output: a folder that is not there yet, or empty.
       to: "run": what train (as train.initial), infer and eval start from. "hf": for transformers,
-        adapters merged. "peft": a run's LoRA alone.
-      base: the model that an adapter belongs to: a run's folder, or for to="hf" any model's. For
-        to="peft": what PEFT shall take for the base model.
+        adapters merged. "adapter": what a run trained, alone, to be handed on; of any transform.
+        "peft": the same of a LoRA, DoRA or IA3.
+      base: the model that an adapter belongs to: a run's folder, or Hugging Face's. For to="peft":
+        what PEFT shall take for the base model.
       vocabulary: of the new run; None: that of the tokenizer's file in `source`.
       tokenizer: a folder whose tokenizer files go into to="hf"; None: the run's vocabulary does.
       model: what a T5X checkpoint holds; None: told from it.
@@ -80,21 +87,21 @@ def convert(
     if to not in _TARGETS[kind]:
         can = "' or '".join(_TARGETS[kind])
         raise InputError(f"'{source}' is in the format '{kind}': convert.to='{to}' can be '{can}'")
-    if kind == "peft" and base is None:
+    if kind in ("peft", "adapter") and base is None:
         raise InputError(f"'{source}' is an adapter: name the model that it belongs to with --base")
     if os.path.exists(output) and os.listdir(output):
         raise InputError(f"convert.output='{output}' is not empty: name a new folder")
-    if to == "peft":
-        _run_to_peft(source, output, base, step, partitioner)
-    elif kind == "peft" and to == "run":
+    if kind == "run" and to in ("peft", "adapter"):
+        _run_to_adapter(source, output, to, base, step, partitioner)
+    elif kind in ("peft", "adapter") and to != "hf":
         assert base is not None
-        _peft_to_run(source, output, base, step, partitioner)
+        _from_adapter(source, output, to, base, step, partitioner)
     else:
         network, params = _load(source, base, model, step, partitioner)
         if to == "hf":
-            origin = base if kind == "peft" else source
+            origin = base if kind in ("peft", "adapter") else source
             assert origin is not None
-            _save_hf(output, network, params, tokenizer, origin)
+            save_hf_directory(output, network, params, tokenizer, origin)
         else:
             vocabulary = find_vocabulary(source) if vocabulary is None else vocabulary
             session = Session(network.config, partitioner=partitioner)
@@ -103,13 +110,13 @@ def convert(
             if kind == "hf":
                 told = hf_words.read(source, network.config)
                 run = dataclasses.replace(run, labels=told.labels, asking=told.asking)
-            _save_run(output, run, params, state, at)
+            save_run(output, run, params, state, at)
     if jax.process_index() == 0:
         print(f"'{output}' holds '{source}' in the format '{to}'")
 
 
 def format_of(directory: str) -> str:
-    """ "run", "peft", "hf" or "t5x". Raises InputError for a folder of no known format."""
+    """ "run", "adapter", "peft", "hf" or "t5x". Raises InputError for any other folder."""
     if not os.path.isdir(directory):
         raise InputError(f"'{directory}' is not a folder: expected one with weights")
     for name, kind in _MARKS.items():
@@ -163,10 +170,8 @@ def _load(
         return load_t5x(source, config=config, partitioner=partitioner)
     if base is None:
         raise InputError(f"'{source}' is an adapter: expected a whole model")
-    network, params = _load(base, None, config, step, partitioner)
-    transform, trainable = load_peft(source, network, partitioner=partitioner)
-    with partitioner.activate():
-        return network, jax.jit(transform.merge)(trainable, params)
+    found = adapters.attach(source, adapters.Base(base, step, partitioner))
+    return found.session.model, found.merged()
 
 
 def _resumed(source: str, session: Session, optimizer: Optimizer) -> tuple[int, Any]:
@@ -180,7 +185,7 @@ def _resumed(source: str, session: Session, optimizer: Optimizer) -> tuple[int, 
     return moments.step, adafactor_state(shapes.opt_state, shapes.params, moments)
 
 
-def _save_run(output: str, run: runs.Run, trainable: Params, state: Any, step: int) -> None:
+def save_run(output: str, run: runs.Run, trainable: Params, state: Any, step: int) -> None:
     """A run's folder with one checkpoint."""
     size = run.vocabulary.size
     if size > run.model.vocab_size:
@@ -198,51 +203,56 @@ def _save_run(output: str, run: runs.Run, trainable: Params, state: Any, step: i
         run.write(output)  # last: what makes the folder a run's
 
 
-def _save_hf(
-    output: str, network: Transformer, params: Params, tokenizer: str | None, origin: str
+def save_hf_directory(
+    output: str,
+    network: Transformer,
+    params: Params,
+    tokenizer: str | None,
+    origin: str,
+    labels: tuple[str, ...] = (),
 ) -> None:
-    """The model, and the tokenizer that is named or comes with `origin`."""
+    """The model, and the tokenizer that is named or comes with `origin`; labels likewise."""
     kind = format_of(origin)
     if tokenizer is None and kind == "hf":
         tokenizer = origin
     run = runs.Run.read(origin) if kind == "run" else None
-    vocabulary, labels = (None, ()) if run is None else (run.vocabulary, run.labels)
-    save_hf(output, network, params, tokenizer=tokenizer, vocabulary=vocabulary, labels=labels)
+    vocabulary, own = (None, ()) if run is None else (run.vocabulary, run.labels)
+    save_hf(
+        output, network, params, tokenizer=tokenizer, vocabulary=vocabulary, labels=labels or own
+    )
     if tokenizer is None and vocabulary is not None and jax.process_index() == 0:
         save_vocabulary(output, vocabulary, network.config)
 
 
-def _run_to_peft(
-    source: str, output: str, base: str | None, step: int | None, partitioner: Partitioner
+def _run_to_adapter(
+    source: str, output: str, to: str, base: str | None, step: int | None, partitioner: Partitioner
 ) -> None:
+    """What a run trained beside its base, alone."""
     run = runs.Run.read(source)
-    if not isinstance(run.transform, LoRA):
-        raise InputError(
-            f"'{source}' was trained with {type(run.transform).__name__}, not LoRA: convert it "
-            "with --to=hf"
-        )
+    adapter = adapters.Adapter.of_run(run, source)
     session = Session(run.model, run.transform, partitioner, run.seed)
     trainable = runs.load_trainable(runs.RunCheckpoint(source, step), session)
-    save_peft(output, session.model, run.transform, trainable, base=base)
+    if to == "adapter":
+        adapters.save_adapter(output, adapter, trainable)
+        return
+    params = None
+    if isinstance(run.transform, LoRA) and run.transform.init == "pissa" and run.base is not None:
+        params = runs.load_params(run.base, run.model, partitioner, run.seed)
+    trained = without_quantise(run.transform)
+    save_peft(output, session.model, trained, trainable, base=base, params=params)
 
 
-def _peft_to_run(
-    source: str, output: str, base: str, step: int | None, partitioner: Partitioner
+def _from_adapter(
+    source: str, output: str, to: str, base: str, step: int | None, partitioner: Partitioner
 ) -> None:
-    under = runs.Run.read(base)
-    checkpoint = runs.RunCheckpoint(base, find_step(base, step))
-    params = runs.load_params(checkpoint, under.model, partitioner)
-    transform, trainable = load_peft(source, Transformer(under.model), partitioner=partitioner)
-    frozen = Session(under.model, transform, partitioner, under.seed).split(params)[1]
-    run = runs.Run(
-        under.model,
-        transform,
-        under.vocabulary,
-        under.vocabulary_fingerprint,
-        checkpoint,
-        trees.fingerprint(frozen),
-        under.seed,
-        under.labels,
-        under.asking,
-    )
-    _save_run(output, run, trainable, {}, 0)
+    """An adapter's folder, ours or PEFT's, in the other format, or as a run beside its base."""
+    under = adapters.Base(base, step, partitioner)
+    found = adapters.attach(source, under)
+    transform, trainable = without_quantise(found.session.transform), found.trainable
+    if to == "run":
+        run = found.adapter.run(under.vocabulary(), found.checkpoint)
+        save_run(output, run, trainable, {}, 0)
+    elif to == "adapter":
+        adapters.save_adapter(output, found.adapter, trainable)
+    else:
+        save_peft(output, found.session.model, transform, trainable, base=base, params=found.params)

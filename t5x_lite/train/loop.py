@@ -129,17 +129,12 @@ def train(
                 say(f"  (train.initial, {initial.model_dir}, was read when the run began)")
         else:
             start = 0
-            base = (
-                session.init_base()
-                if initial is None
-                else runs.load_params(initial, model, partitioner, seed)
-            )
+            base = session.init_base() if initial is None else runs.load_base(initial, session)
             params, frozen = session.split(base)
+            base_fingerprint = session.fingerprint(base)
             del base
             opt_state = session.init_opt_state(transformation, params)
-            run = dataclasses.replace(
-                run, base=initial, base_fingerprint=trees.fingerprint(frozen) if frozen else None
-            )
+            run = dataclasses.replace(run, base=initial, base_fingerprint=base_fingerprint)
             origin = "fresh weights" if initial is None else initial.model_dir
             if initial is not None and initial.step is not None:
                 origin += f", step {initial.step}"

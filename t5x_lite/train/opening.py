@@ -6,20 +6,18 @@ import dataclasses
 import os
 from typing import Final, Literal
 
-from t5x_lite import trees
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.interop import hf_words, load_hf, load_peft
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
-from t5x_lite.peft.transform import Full
+from t5x_lite.peft.quantise import Stored
 from t5x_lite.sharding import Partitioner
+from t5x_lite.train import adapters
 from t5x_lite.train import run as runs
-from t5x_lite.train.checkpoint import all_steps
 from t5x_lite.train.session import Session
 from t5x_lite.types import InputError, Params
 
 _HF: Final = "config.json"
-_PEFT: Final = "adapter_config.json"
 
 
 def open_model(
@@ -35,7 +33,8 @@ def open_model(
     Args:
       path: a run's folder (a tuned run finds its base by itself), or Hugging Face's: config.json,
         safetensors, a tokenizer's files.
-      adapter: a PEFT directory, or a run's folder that was tuned on the model in `path`.
+      adapter: a PEFT directory, an adapter's folder, or a run's that was tuned on the model in
+        `path`.
       step: the checkpoint, of the adapter if that is a run, else of `path`; None: the latest;
         "best": by the run's best_metric.
       vocabulary: None: the run's, or that of the tokenizer's files.
@@ -45,8 +44,8 @@ def open_model(
     for an adapter that nobody knows, and for one of another base.
     """
     kind = _kind(path)
-    if adapter is not None and (tuned := _adapter_kind(adapter)) == "run":
-        loaded = _open_tuned(path, kind, adapter, step, partitioner)
+    if adapter is not None and (tuned := adapters.kind_of(adapter)) != "peft":
+        loaded = _open_tuned(path, adapter, step, partitioner)
     elif kind == "run":
         loaded = _open_run(path, step, partitioner, merged=adapter is not None)
     else:
@@ -76,7 +75,7 @@ def _kind(path: str) -> str:
         return "run"
     if _HF in held:
         return "hf"
-    if _PEFT in held:
+    if held & {adapters.PEFT, adapters.FILE}:
         raise InputError(
             f"'{path}' is an adapter: name its model's folder, and this one as the adapter "
             "(--model_dir=... --adapter=...)"
@@ -92,26 +91,15 @@ def _weights(held: set[str]) -> bool:
     return any(name.endswith((".safetensors", ".bin")) or name == "checkpoints" for name in held)
 
 
-def _adapter_kind(path: str) -> str:
-    """ "run" or "peft"."""
-    held = set(os.listdir(path)) if os.path.isdir(path) else set()
-    if runs.FILE in held:
-        return "run"
-    if _PEFT in held:
-        return "peft"
-    what = f"no such folder: '{path}'" if not os.path.isdir(path) else f"'{path}' is no adapter"
-    raise InputError(
-        f"{what}; expected PEFT's with {_PEFT}, or a run's with {runs.FILE} that was tuned on the "
-        "model"
-    )
-
-
 def _open_run(
     path: str, step: int | Literal["best"] | None, partitioner: Partitioner, *, merged: bool
 ) -> Loaded:
     run = runs.Run.read(path)
     session, trainable, frozen = runs.load(runs.RunCheckpoint(path, step), partitioner)
-    combine = session.transform.merge if merged else session.transform.apply
+    transform = session.transform
+    # Quantised weights stay so under an adapter.
+    merges = merged and not isinstance(transform, Stored)
+    combine = transform.merge if merges else transform.apply
     with partitioner.activate():
         return _of_run(run, session, combine(trainable, frozen))
 
@@ -128,32 +116,20 @@ def _of_run(run: runs.Run, session: Session, params: Params) -> Loaded:
 
 
 def _open_tuned(
-    path: str, kind: str, adapter: str, step: int | Literal["best"] | None, partitioner: Partitioner
+    path: str, adapter: str, step: int | Literal["best"] | None, partitioner: Partitioner
 ) -> Loaded:
-    """A tuned run on the model in `path`, wherever its base was when it was trained."""
-    run = runs.Run.read(adapter)
-    if isinstance(run.transform, Full):
-        raise InputError(
-            f"'{adapter}' is no adapter: all of its parameters were trained; name it as the model"
-        )
-    session = Session(run.model, run.transform, partitioner, run.seed)
-    pinned, restore = (None, ()) if run.base is None else (run.base.step, run.base.restore)
-    # The checkpoint that it was tuned on, for its base may have gone on; or what there is.
-    at = pinned if kind == "run" and pinned in all_steps(path) else None
-    try:
-        source = runs.RunCheckpoint(path, at, restore)
-        base = runs.load_params(source, run.model, partitioner, run.seed)
-    except InputError as error:
-        raise InputError(f"the adapter '{adapter}' does not go on '{path}': {error}") from error
-    frozen = session.split(base)[1]
-    if trees.fingerprint(frozen) != run.base_fingerprint:
-        raise InputError(
-            f"the adapter '{adapter}' was tuned on weights of fingerprint {run.base_fingerprint}, "
-            f"and those in '{path}' have {trees.fingerprint(frozen)}: name the model that it was "
-            "tuned on"
-        )
-    trainable = runs.load_trainable(runs.RunCheckpoint(adapter, step), session)
-    return _of_run(run, session, session.transform.apply(trainable, frozen))
+    """A run's or a folder's adapter on the model in `path`, wherever that was when it was tuned."""
+    base = adapters.Base(path, partitioner=partitioner)
+    found = adapters.attach(adapter, base, step)
+    own = adapters.kind_of(adapter) == "run"
+    return Loaded(
+        found.session.model,
+        found.applied(),
+        runs.Run.read(adapter).vocabulary if own else base.vocabulary(),
+        partitioner,
+        labels=found.adapter.labels,
+        asking=found.adapter.asking,
+    )
 
 
 def _open_hf(path: str, vocabulary: Vocabulary | None, partitioner: Partitioner) -> Loaded:

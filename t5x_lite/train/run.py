@@ -37,6 +37,7 @@ from t5x_lite.peft.ia3 import IA3
 from t5x_lite.peft.lora import DoRA, LoRA
 from t5x_lite.peft.prefix import PrefixTuning
 from t5x_lite.peft.prompt import PromptTuning
+from t5x_lite.peft.quantise import Quantise, Stored, find_quantise
 from t5x_lite.peft.transform import BitFit, Freeze, Full, Transform
 from t5x_lite.records import from_record, to_record
 from t5x_lite.sharding import Partitioner
@@ -47,21 +48,23 @@ from t5x_lite.types import InputError, Params
 
 FILE = "run.json"
 VOCABULARY_FILE = "vocabulary.model"
-_CLASSES = (
+CLASSES = (
     ModelConfig,
     StackConfig,
     *config_positions.CLASSES,
     *config_heads.CLASSES,
     Full,
     Freeze,
-    BitFit,
     LoRA,
     DoRA,
     IA3,
+    BitFit,
     Bottleneck,
+    Compose,
     PrefixTuning,
     PromptTuning,
-    Compose,
+    Quantise,
+    Stored,
     SentencePieceVocabulary,
     TokenizersVocabulary,
     ByteVocabulary,
@@ -99,7 +102,7 @@ class Run:
     vocabulary: Vocabulary
     vocabulary_fingerprint: str
     base: RunCheckpoint | None = None  # where frozen parameters come from
-    base_fingerprint: str | None = None  # of the frozen parameters
+    base_fingerprint: str | None = None  # of the base's parameters that are not trained
     seed: int = 0  # what fresh weights were drawn from
     labels: tuple[str, ...] = ()  # names of what a SequenceHead or TokenHead tells apart, in order
     asking: Asking = Asking()  # how it was trained to be asked
@@ -147,9 +150,9 @@ class Run:
                 vocabulary["path"] = os.path.join(model_dir, vocabulary["path"])
             base = record["base"]
             return cls(
-                model=from_record(record["model"], _CLASSES),
-                transform=from_record(record["transform"], _CLASSES),
-                vocabulary=from_record(vocabulary, _CLASSES),
+                model=from_record(record["model"], CLASSES),
+                transform=from_record(record["transform"], CLASSES),
+                vocabulary=from_record(vocabulary, CLASSES),
                 vocabulary_fingerprint=fingerprint,
                 base=None if base is None else RunCheckpoint(**base),
                 base_fingerprint=record["base_fingerprint"],
@@ -188,6 +191,50 @@ def load_params(
             return found
     target = Session(config, partitioner=partitioner, seed=seed)
     return initial.fill(target, found, source.restore, source.model_dir)
+
+
+def load_base(source: RunCheckpoint, session: Session) -> Params:
+    """What `session.split` takes: `load_params`, but quantised weights come as they are.
+
+    They are never made whole on the way. Raises InputError for a quantised folder where the
+    session's transform keeps no quantised weights, other ones, or trains them.
+    """
+    config, partitioner = session.config, session.partitioner
+    run = None if source.is_hf else Run.read(source.model_dir)
+    if run is None or not isinstance(run.transform, Stored):
+        return load_params(source, config, partitioner, session.seed)
+    _check_quantise(source.model_dir, run.transform.quantise, session)
+    if not source.restore:
+        _check_same(source, config)
+    own = None if source.restore else config
+    stored, trainable, frozen = load(source, partitioner, own)
+    found = stored.transform.apply(trainable, frozen)
+    if not source.restore:
+        return found
+    return initial.fill(session, found, source.restore, source.model_dir)
+
+
+def _check_quantise(where: str, theirs: Quantise, session: Session) -> None:
+    """Raises InputError unless weights quantised by `theirs` can stand in the session."""
+    ours = find_quantise(session.transform)
+    if ours is None:
+        raise InputError(
+            f"the weights in '{where}' are quantised, and {type(session.transform).__name__} needs "
+            f"them in full: tune beside them, train.transform = Compose((LoRA(), {theirs})), or "
+            "start from the folder that they were made from"
+        )
+    if ours != theirs:
+        raise InputError(
+            f"the weights in '{where}' are quantised as {theirs}, and this run's transform has "
+            f"{ours}: make the two alike"
+        )
+    base = trees.flatten(session.base_shapes)
+    trained = trees.flatten(session.split_shapes[0])
+    if clash := [path for path in trained if path in base and theirs.takes(path)]:
+        raise InputError(
+            f"'{clash[0]}' is to be trained, and the weights in '{where}' have it quantised: start "
+            "from the folder that they were made from"
+        )
 
 
 def _check_same(source: RunCheckpoint, config: ModelConfig) -> None:
@@ -230,18 +277,14 @@ def load_trainable(source: RunCheckpoint, session: Session) -> Params:
 
 def load_frozen(run: Run, session: Session) -> Params:
     """The frozen parameters that a run was tuned beside; empty for full fine-tuning."""
-    if isinstance(run.transform, Full):
+    if not trees.flatten(session.split_shapes[1]):
         return {}
-    if run.base is None:
-        base = session.init_base()
-    else:
-        base = load_params(run.base, session.config, session.partitioner, run.seed)
-    frozen = session.split(base)[1]
-    found = trees.fingerprint(frozen)
+    base = session.init_base() if run.base is None else load_base(run.base, session)
+    found = session.fingerprint(base)
     if run.base_fingerprint != found:
         where = "its seed" if run.base is None else f"'{run.base.model_dir}'"
         raise InputError(
             f"the frozen weights from {where} have fingerprint {found}, but this run was tuned on "
             f"{run.base_fingerprint}: adapters only fit the base they were trained beside"
         )
-    return frozen
+    return session.split(base)[1]

@@ -127,6 +127,16 @@ class Session:
         flat = {**trees.flatten(base), **altered}
         return trainable, trees.map_with_path(lambda path, _: flat[path], frozen_shapes)
 
+    def fingerprint(self, base: Params) -> str | None:
+        """Of the base's parameters that are not trained themselves; None: all are.
+
+        As they are in the base: what a transform makes of them (PiSSA's rest, quantised weights)
+        is not the same bit by bit on every machine.
+        """
+        trained = trees.flatten(self.split_shapes[0])
+        kept = {path: leaf for path, leaf in trees.flatten(base).items() if path not in trained}
+        return trees.fingerprint(trees.unflatten(kept)) if kept else None
+
     def optimizer(self, optimizer: optim.Optimizer) -> optax.GradientTransformation:
         return optimizer.make(self.split_names[0])
 

@@ -13,11 +13,15 @@ from jax.sharding import AxisType
 from t5x_lite import types
 from t5x_lite.data.vocabularies import ByteVocabulary
 from t5x_lite.decode.asking import Asking
-from t5x_lite.decode.engine import Engine, Request
+from t5x_lite.decode.engine import Engine
 from t5x_lite.decode.greedy import greedy
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.prompts import pad_left, pad_right
+from t5x_lite.decode.requests import Request
 from t5x_lite.decode.sampling import BeamSearch, Greedy, Sampling
+from t5x_lite.models import transformer
+from t5x_lite.peft import many
+from t5x_lite.peft.lora import LoRA
 from t5x_lite.sharding import MESH_AXES, Partitioner
 from t5x_lite.types import InputError
 from tests import common
@@ -223,3 +227,35 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield seen
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_slots_of_one_engine_go_through_adapters_of_their_own(compilations):
+    loaded = load("gpt2")
+    names = transformer.axes(loaded.model)
+    adapted, merged = [], []
+    for number, lora in enumerate((LoRA(rank=1), LoRA(rank=2, targets=(".*/wo/kernel",)))):
+        tree = lora.split(loaded.params, names, jax.random.key(number))[0]
+        tree = jax.tree.map(lambda x: x + 0.4, tree)
+        adapted.append(lora.apply(tree, loaded.params))
+        merged.append(lora.merge(tree, loaded.params))
+    params = many.together(loaded.params, adapted, np.array([many.NONE]))
+    made = engine(dataclasses.replace(loaded, params=params))
+    asked = [
+        dataclasses.replace(one, adapter=i % 3 - 1, max_tokens=6)
+        for i, one in enumerate(requests())
+    ]
+    found = dict(made.run(asked))
+    before = len(compilations)
+    again = dict(made.run(reversed(asked)))
+    assert again == {len(asked) - 1 - number: text for number, text in found.items()}
+    assert len(compilations) == before  # whichever adapters meet
+    texts = {}
+    for number, one in enumerate((loaded.params, *merged)):
+        batch = pad_left([one.tokens for one in asked], 12)
+        texts[number - 1] = np.asarray(_greedy(loaded.model)(one, batch)).tolist()
+    for number, one in enumerate(asked):
+        row = texts[one.adapter][number][:6]
+        assert found[number] == (row[: row.index(1) + 1] if 1 in row else row)
+    assert texts[-1] != texts[0] != texts[1]
+    with pytest.raises(InputError, match=r"Request.adapter=2: the engine's parameters hold 2 ada"):
+        made.submit(dataclasses.replace(asked[0], adapter=2))

@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters: the same logits in both directions, and nothing lost on the way.
+"""PEFT's adapters: the same logits in both directions, and nothing lost on the way.
 
 The fixtures are made by tests/fixtures/peft/make.py with PEFT itself; its `export` and `check` let
 PEFT load what we save.
@@ -6,6 +6,7 @@ PEFT load what we save.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -23,14 +24,18 @@ from t5x_lite.interop import load_hf
 from t5x_lite.interop.peft_adapters import load_peft, save_peft
 from t5x_lite.models import transformer
 from t5x_lite.models.config_positions import Learned
-from t5x_lite.peft.lora import LoRA
+from t5x_lite.peft.compose import Compose
+from t5x_lite.peft.ia3 import IA3
+from t5x_lite.peft.lora import DoRA, LoRA
 from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.types import InputError
 from tests.common import FAMILIES, with_stacks
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "peft"
-ADAPTERS = ["t5/adapter", "t5/patterns", "gpt2/adapter"]
+KINDS = ["adapter", "rslora", "dora", "ia3"]
+ADAPTERS = [f"{name}/{kind}" for name in ("t5", "gpt2") for kind in KINDS] + ["t5/patterns"]
+APPLIED = ["t5/adapter", "gpt2/dora", "gpt2/ia3"]  # to be compiled: the others are merged
 _spec = importlib.util.spec_from_file_location("make_peft_fixtures", FIXTURES / "make.py")
 assert _spec is not None
 assert _spec.loader is not None
@@ -43,10 +48,16 @@ def models():
     return {name: load_hf(str(FIXTURES / name / "base")) for name in ("t5", "gpt2")}
 
 
+@functools.cache
+def merged_apply(model):
+    return jax.jit(model.apply)
+
+
 def logits(models, name, transform, trainable):
+    """Of the merged weights: one compilation for all adapters of a model."""
     model, params = models[name]
     batch = {f"{key}_input_tokens": np.int32(x) for key, x in make.inputs(name).items()}
-    return jax.jit(model.apply)({"params": transform.apply(trainable, params)}, batch)
+    return merged_apply(model)({"params": transform.merge(trainable, params)}, batch)
 
 
 def tensors(folder):
@@ -61,8 +72,13 @@ def test_logits_with_an_adapter_are_pefts(models, adapter):
     transform, trainable = load_peft(str(FIXTURES / adapter), model)
     expected = np.load(FIXTURES / adapter / "logits.npy")
     np.testing.assert_allclose(logits(models, name, transform, trainable), expected, 1e-4, 1e-4)
+    if adapter in APPLIED:
+        batch = {f"{key}_input_tokens": np.int32(x) for key, x in make.inputs(name).items()}
+        found = jax.jit(model.apply)({"params": transform.apply(trainable, params)}, batch)
+        np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
     # What training makes of the transform has the same leaves.
-    fresh, _ = transform.split(params, transformer.axes(model), jax.random.key(0))
+    split = functools.partial(transform.split, params, transformer.axes(model))
+    fresh, _ = jax.eval_shape(split, jax.random.key(0))
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, trainable)
 
 
@@ -73,14 +89,18 @@ def test_saving_gives_back_what_peft_wrote(tmp_path, models, adapter):
     save_peft(str(tmp_path / "out"), models[name][0], transform, trainable, base="where")
     settings = json.loads((tmp_path / "out/adapter_config.json").read_text())
     theirs = json.loads((FIXTURES / adapter / "adapter_config.json").read_text())
-    for key in ("peft_type", "task_type", "bias", "fan_in_fan_out", "modules_to_save"):
-        assert settings[key] == theirs[key]
+    same = ["peft_type", "task_type", "fan_in_fan_out", "modules_to_save"]
+    if settings["peft_type"] == "LORA":
+        same += ["bias", "r", "lora_alpha", "use_rslora", "use_dora"]
+    for key in same:
+        assert settings[key] == theirs[key], key
     assert settings["base_model_name_or_path"] == "where"
     wanted, found = tensors(FIXTURES / adapter), tensors(tmp_path / "out")
-    if adapter == "t5/patterns":  # one rank and one scale for all, filled up with zeros
+    if adapter == "t5/patterns":  # layers without an adapter have one of zeros
         assert wanted.keys() < found.keys()
+        assert settings["rank_pattern"] == {"lm_head": 4}
+        assert set(settings["alpha_pattern"].values()) == {7}
     else:
-        assert (settings["r"], settings["lora_alpha"]) == (theirs["r"], theirs["lora_alpha"])
         assert wanted.keys() == found.keys()
         for key, value in wanted.items():
             np.testing.assert_array_equal(found[key], value, key)
@@ -188,8 +208,10 @@ KEY = "base_model.model.encoder.block.1.layer.0.SelfAttention.q.lora_{}.weight"
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"use_dora": True}, "SelfAttention.q' lacks its lora_magnitude_vector"),
+        ({"use_qalora": True}, "use_qalora=True"),
+        ({"peft_type": "LOHA"}, "peft_type='LOHA': expected one of LORA, IA3"),
+        ({"peft_type": "IA3"}, "weight' (3, 16) is no ia3_l of a linear module"),
         ({"modules_to_save": ["classifier"]}, "modules_to_save=['classifier']"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
         ({"drop": [KEY.format("B")]}, "SelfAttention.q' lacks its lora_B"),
@@ -221,8 +243,70 @@ def test_missing_and_damaged_files_are_named(tmp_path, models):
         load_peft(str(folder), model)
 
 
+def test_pissa_is_saved_as_what_it_adds(tmp_path, models):
+    model, params = models["t5"]
+    names = transformer.axes(model)
+    for kind in (LoRA, DoRA):
+        pissa = kind(rank=2, alpha=4.0, targets=("decoder/.*/query/kernel",), init="pissa")
+        trainable, frozen = pissa.split(params, names, jax.random.key(0))
+        rng = np.random.default_rng(0)
+        trainable = jax.tree.map(
+            lambda x, rng=rng: x * (1 + 0.3 * rng.normal(size=x.shape).astype("f4")), trainable
+        )
+        folder = tmp_path / kind.__name__
+        with pytest.raises(InputError, match="save_peft needs the base's `params`"):
+            save_peft(str(folder), model, pissa, trainable)
+        save_peft(str(folder), model, pissa, trainable, params=params)
+        plain, tree = load_peft(str(folder), model)
+        assert (type(plain), plain.rank, plain.init) == (kind, 4, "lora")
+        found = trees.flatten(plain.merge(tree, params))
+        for path, leaf in trees.flatten(pissa.merge(trainable, frozen)).items():
+            np.testing.assert_allclose(found[path], leaf, 1e-4, 1e-5, err_msg=path)
+
+
+def test_ranks_and_alphas_of_paths_come_back(tmp_path, models):
+    model, params = models["gpt2"]
+    rules = {
+        "rank_rules": ((".*/key/kernel", 1), (".*/out/kernel", 3)),
+        "alpha_rules": ((".*/value/kernel", 7.0),),
+    }
+    targets = (".*/(query|key|value|out)/kernel",)
+    for stabilised in (False, True):
+        lora = LoRA(rank=2, alpha=4.0, targets=targets, rank_stabilised=stabilised, **rules)
+        shapes = jax.eval_shape(
+            lambda base, lora=lora: lora.split(base, transformer.axes(model), jax.random.key(0))[0],
+            params,
+        )
+        rng = np.random.default_rng(0)
+        tree = jax.tree.map(lambda x, rng=rng: rng.normal(size=x.shape).astype("f4"), shapes)
+        folder = tmp_path / str(stabilised)
+        save_peft(str(folder), model, lora, tree)
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        assert settings["rank_pattern"]["transformer.h.1.attn.c_attn"] == 2 + 1 + 2
+        assert settings["use_rslora"] == stabilised
+        again, found = load_peft(str(folder), model)
+        assert again.rank_stabilised == stabilised
+        found = trees.flatten(again.merge(found, params))
+        for path, leaf in trees.flatten(lora.merge(tree, params)).items():
+            np.testing.assert_allclose(found[path], leaf, 1e-4, 1e-4, err_msg=path)
+
+
 def test_what_peft_has_no_place_for_is_refused(tmp_path, models):
     model = models["gpt2"][0]
+    parts = {"decoder": {"layers": {"self_attention": {}}}}
+    shape = {"a": (2, 16, 1), "b": (2, 1, 2, 8), "magnitude": (2, 2, 8), "multiplier": (2, 16)}
+    leaf = lambda *names: {"kernel": {name: np.ones(shape[name], "f4") for name in names}}
+    parts["decoder"]["layers"]["self_attention"]["query"] = leaf("a", "b", "magnitude")
+    with pytest.raises(InputError, match=r"one magnitude for all of 'transformer.h.0.attn.c_attn'"):
+        save_peft(str(tmp_path / "out"), model, DoRA(rank=1), parts)
+    parts["decoder"]["layers"]["self_attention"]["query"] = leaf("multiplier")
+    at_inputs = IA3(outputs=(), inputs=(".*query/kernel",))
+    with pytest.raises(InputError, match=r"multiplies the inputs of 'transformer.h.0.attn.c_attn'"):
+        save_peft(str(tmp_path / "out"), model, at_inputs, parts)
+    both = Compose((LoRA(rank=1), IA3()))
+    parts["decoder"]["layers"]["self_attention"]["query"] = leaf("a", "b", "multiplier")
+    with pytest.raises(InputError, match="PEFT has no adapter that is LoRA and IA3 at once"):
+        save_peft(str(tmp_path / "out"), model, both, parts)
     with pytest.raises(InputError, match="no Full of ours"):
         save_peft(str(tmp_path / "out"), model, Full(), {})
     transform, trainable = ours(models, "gpt2", "token_embedding/embedding")
