@@ -162,6 +162,7 @@ def test_merging_adds_the_adapter_and_says_what_rounding_changes(base, tmp_path,
     assert runs.Run.read(run).transform == Full()
 
 
+@pytest.mark.slow
 def test_several_adapters_become_one_that_goes_anywhere(base, lora, tmp_path):
     other = tuned(base, TRANSFORMS["pissa"], tmp_path / "other", seed=1)[0]
     both = f"{lora},{other},{PEFT / 'adapter'}"
