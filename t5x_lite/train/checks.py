@@ -18,7 +18,7 @@ from t5x_lite.models.config_positions import Learned
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
 from t5x_lite.train.checkpoint import CheckpointPolicy, find_step
-from t5x_lite.train.evaluate import Evaluation, Generate
+from t5x_lite.train.evaluate import Evaluation, Generate, metric_names
 from t5x_lite.train.session import Session
 from t5x_lite.types import MASKED_TARGET_SPANS, MASKED_TARGET_VALUES, Batch, InputError
 
@@ -35,6 +35,12 @@ def check_best(
         raise InputError(
             f"CheckpointPolicy.best_metric='{policy.best_metric}' is of no evaluation; there are: "
             f"{', '.join(one.name for one in evaluations) or 'none'}"
+        )
+    names, metric = metric_names(found), policy.best_metric.partition("/")[2]
+    if names is not None and metric not in names:
+        raise InputError(
+            f"CheckpointPolicy.best_metric='{policy.best_metric}': '{name}' measures "
+            f"{', '.join(sorted(names))}, and nothing called '{metric}'"
         )
     if eval_period is None or policy.period % (eval_period * found.period):
         raise InputError(
