@@ -48,11 +48,12 @@ endif
 clean-demo:
 	rm -rf $(DEMO) $(addprefix runs/demo_,bert gpt t5 bart)
 
+# A file stays in one process, which makes its fixtures and compiles its programs once.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow and not browser"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # In an environment of its own, for lm_eval brings torch.
 LM_EVAL_VENV ?= .venv-lm_eval

@@ -58,6 +58,9 @@ SHAPES = {
     "small": Shape(
         StackConfig(num_layers=8, num_heads=6, head_dim=64, mlp_dim=1024), 512, 32128, 8, 512, 114
     ),
+    "small_verses": Shape(  # a task of short texts, such as the demo's
+        StackConfig(num_layers=8, num_heads=6, head_dim=64, mlp_dim=1024), 512, 32128, 16, 128, 64
+    ),
     "tiny": Shape(
         StackConfig(num_layers=3, num_heads=3, head_dim=64, mlp_dim=384), 192, 4224, 16, 128, 64
     ),

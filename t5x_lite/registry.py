@@ -25,7 +25,17 @@ from t5x_lite.decode import sampling
 from t5x_lite.evaluation import fewshot, label_metrics, metrics, text_labels, text_metrics
 from t5x_lite.interop import packages
 from t5x_lite.models import config, config_heads, config_positions
-from t5x_lite.peft import bottleneck, combining, compose, ia3, lora, prefix, prompt, transform
+from t5x_lite.peft import (
+    bottleneck,
+    combining,
+    compose,
+    ia3,
+    lora,
+    prefix,
+    prompt,
+    quantise,
+    transform,
+)
 from t5x_lite.serving import serve
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import cloze, demo, forgetting, skipgram, transfer, trials, word2vec, words
@@ -43,6 +53,8 @@ from t5x_lite.train import (
     merging,
     offline,
     optim,
+    probing,
+    quantize,
     run,
     schedules,
     step,
@@ -128,6 +140,7 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     lora.DoRA,
     ia3.IA3,
     bottleneck.Bottleneck,
+    quantise.Quantise,
     prefix.PrefixTuning,
     prompt.PromptTuning,
     prompt.ids_of_text,
@@ -184,10 +197,12 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     infer.infer,
     in_context.evaluate_in_context,
     embed.embed,
+    probing.probe,
     serve.serve,
     inspect.inspect_data,
     inspect.inspect_params,
     convert.convert,
+    quantize.quantize,
     convert.run_model,
     convert.run_vocabulary,
     merging.merge_adapter,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite import types
+from t5x_lite import trees, types
 from t5x_lite.models import transformer
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.models.config_heads import LMHead, SequenceHead
@@ -104,12 +106,42 @@ def with_stacks(config: ModelConfig, **changes) -> ModelConfig:
     return dataclasses.replace(config, **stacks)
 
 
-def build(config: ModelConfig, seed: int = 0):
-    """`(model, params)`; norms are moved off their start, so that no test leans on ones."""
+@functools.cache
+def _shapes(config: ModelConfig):
     model = transformer.Transformer(config)
-    params = jax.jit(lambda key: transformer.init(model, key))(jax.random.key(seed))
-    return model, jax.tree.map(
-        lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params
+    return jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+
+
+def host_params(config: ModelConfig, seed: int = 0) -> types.Params:
+    """Random parameters as numpy arrays, of about the scale of fresh ones; nothing is compiled.
+
+    Norms are off their start, so that no test leans on ones.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        noise = rng.normal(size=shape.shape)
+        return (1 + 0.1 * noise if path.endswith("scale") else 0.2 * noise).astype(shape.dtype)
+
+    return trees.map_with_path(draw, _shapes(config))
+
+
+def build(config: ModelConfig, seed: int = 0):
+    """`(model, params)`, these as `host_params` draws them."""
+    return transformer.Transformer(config), jax.tree.map(jnp.asarray, host_params(config, seed))
+
+
+def call(model, params, batch, method=None, **settings):
+    """`model.apply`, compiled once: what runs op by op compiles each of its operations."""
+    return _call(model, method, tuple(settings.items()))(params, batch)
+
+
+@functools.cache
+def _call(model, method, settings):
+    return jax.jit(
+        lambda params, batch: model.apply(
+            {"params": params}, batch, method=method, **dict(settings)
+        )
     )
 
 

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import xla
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md")
-# Programs at toy sizes spend their time compiling.
-COMPILE_QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 _PRELUDE = """
 set -euo pipefail
 python() {{
@@ -49,7 +49,7 @@ def shell(
             "PYTHON": sys.executable,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": COMPILE_QUICKLY,
+            "XLA_FLAGS": xla.flags(devices=1),
         },
         capture_output=True,
         text=True,

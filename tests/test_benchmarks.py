@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import xla
+
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "benchmarks" / "train_step.py"
 
@@ -56,7 +58,7 @@ def test_the_ceiling_counts_its_own_products(program):
 def test_it_prints_its_table():
     done = subprocess.run(
         [sys.executable, str(PROGRAM), "--config=test", "--steps=2", "--costs=3"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
         capture_output=True,
         text=True,
         timeout=200,
@@ -87,7 +89,7 @@ def test_operations_belong_to_parts(program, name, part):
 def test_the_head_at_masked_slots_saves_what_it_should():
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "mlm_head.py"), "--models=test", "--steps=1"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
         capture_output=True,
         text=True,
         check=False,
@@ -106,7 +108,7 @@ def test_skip_gram_beside_nothing(tmp_path):
     flags = [f"--texts={tmp_path / 'text.txt'}", f"--data_dir={tmp_path}", "--rounds=1"]
     done = subprocess.run(
         [sys.executable, str(program), *flags, "--epochs=1"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
         capture_output=True,
         text=True,
         check=False,
@@ -123,7 +125,7 @@ def test_generation_is_timed_row_by_row():
             *(sys.executable, str(ROOT / "benchmarks" / "decode.py")),
             *("--rows=test gpt, batch 2, greedy", "--batches=2", "--rounds=1"),
         ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
         capture_output=True,
         text=True,
         check=False,

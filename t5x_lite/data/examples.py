@@ -127,8 +127,7 @@ class TrainingExamples:
     def tokens(self, n: int) -> tuple[np.ndarray, ...]:
         """The tokens of example n by feature, before the objective."""
         if self.task.chunk is None:
-            record = self._records[self._position(n)]
-            return self.task.tokens(self.task.record(record))
+            return self.task.read(self._records, self._position(n))
         window, row = divmod(n, self.chunk_rows)
         pieces = self.windows(window).pieces
         return (pieces[row % len(pieces)],)
@@ -151,7 +150,7 @@ class TrainingExamples:
         return shuffled(index, len(self._records), seed)
 
     def _document(self, position: int) -> np.ndarray:
-        return self.task.tokens(self.task.record(self._records[position]))[0]
+        return self.task.read(self._records, position)[0]
 
     def _make_window(self, window: int) -> Pieces:
         size = self._chunk.window

@@ -191,7 +191,7 @@ class EvaluationBatches:
         return pieces
 
     def _tokens(self, index: int) -> tuple[np.ndarray, ...]:
-        return self.task.tokens(self.task.record(self._records[index]))
+        return self.task.read(self._records, index)
 
     @property
     def num_examples(self) -> int:

@@ -195,6 +195,13 @@ class Task:
                     f"task '{self.name}': {preprocessor} reads the field {error}, but the record "
                     f"has {', '.join(record)}"
                 ) from error
+            except InputError as error:
+                raise InputError(f"task '{self.name}': {error}") from error
+            except (TypeError, ValueError, AttributeError, IndexError) as error:
+                raise InputError(
+                    f"task '{self.name}': {preprocessor} can't take the record, whose fields are "
+                    f"{_kinds(record)}: {error}"
+                ) from error
             if not isinstance(record, dict):
                 raise InputError(
                     f"task '{self.name}': {preprocessor} returned {type(record).__name__}; "
@@ -223,6 +230,13 @@ class Task:
                 )
         return tuple(self.vocabulary.encode(record[f]) for f in self.objective.features)
 
+    def read(self, records: RandomAccess, index: int) -> tuple[np.ndarray, ...]:
+        """The tokens of record `index`. InputErrors name it."""
+        try:
+            return self.tokens(self.record(records[index]))
+        except InputError as error:
+            raise InputError(f"record {index + 1}: {error}") from error
+
     def streams(
         self, tokens: Sequence[np.ndarray], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
@@ -233,6 +247,15 @@ class Task:
             cut = [one[:limit] for one, limit in zip(tokens, self.limits, strict=True)]
         streams = self.layout(self.objective(*cut, rng=rng), self.room)
         return put_ahead(streams, self.prompt_ids) if self.prompt_ids else streams
+
+
+def _kinds(record: Record) -> str:
+    """`text (str), answers (dict of text, answer_start)`."""
+    return ", ".join(
+        f"{name} ({type(value).__name__}"
+        + (f" of {', '.join(map(str, value))})" if isinstance(value, Mapping) else ")")
+        for name, value in record.items()
+    )
 
 
 # --- mixtures ------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from t5x_lite.types import Array, InputError
 
 _NEVER = -np.inf  # the logit of a token that is not to be drawn
 _BLOCK = 256  # tokens summed together where one is drawn: about the root of a vocabulary's size
+_COLDEST = 1e-6  # temperature: logits of 1e30 divided by it are float32 numbers still
 Limit: TypeAlias = Any  # a number, or an array [b]: one for each row
 
 
@@ -46,8 +47,8 @@ class Sampling:
     repetition_penalty: float = 1.0  # see `penalise`; before all else. 1: none
 
     def __post_init__(self) -> None:
-        mend = "more than 0 (for the most probable token alone use Greedy())"
-        _check(self, "temperature", self.temperature > 0, mend)
+        mend = f"{_COLDEST} or more (for the most probable token alone use Greedy())"
+        _check(self, "temperature", self.temperature >= _COLDEST, mend)
         _check(self, "top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None")
         for name in ("top_p", "min_p"):
             share = getattr(self, name)
@@ -78,7 +79,11 @@ class BeamSearch:
         _check(self, "beams", self.beams >= 1, "at least 1")
         _check(self, "convention", self.convention in ("hf", "t5x"), "'hf' or 't5x'")
         stops = (True, False, "never") if self.convention == "hf" else (False,)
-        _check(self, "early_stopping", self.early_stopping in stops, f"one of {stops}")
+        # 1 is equal to True, and isn't one of these.
+        known = any(
+            type(s) is type(self.early_stopping) and s == self.early_stopping for s in stops
+        )
+        _check(self, "early_stopping", known, f"one of {stops}")
         _check(self, "repetition_penalty", self.repetition_penalty > 0, "more than 0")
 
     @property

@@ -129,15 +129,24 @@ class Choose:
 
     def of(self, record: Record) -> tuple[str, ...]:
         """The record's choices."""
-        return self.choices or tuple(_field(record, self.choices_field, "Choose.choices_field"))
+        if self.choices:
+            return self.choices
+        found = _field(record, self.choices_field, "Choose.choices_field")
+        listed = isinstance(found, list | tuple | np.ndarray)
+        if not listed or not len(found) or not all(isinstance(one, str) for one in found):
+            raise InputError(
+                f"the record's '{self.choices_field}' is {found!r}: expected a list of texts"
+            )
+        return tuple(found)
 
     def target(self, record: Record) -> str:
         """The text of the right one."""
         found, known = _field(record, self.target_field, "Choose.target_field"), self.of(record)
-        if isinstance(found, int | np.integer) and 0 <= found < len(known):
+        number = isinstance(found, int | np.integer) and not isinstance(found, bool)
+        if number and 0 <= found < len(known):
             return known[int(found)]
-        if found in known:
-            return str(found)
+        if isinstance(found, str) and found in known:
+            return found
         raise InputError(
             f"the record's '{self.target_field}' is {found!r}: expected the number of a choice, or "
             f"one of {known}"

@@ -27,6 +27,7 @@ _NO_LIMIT = 2048  # tokens of a row where a model's positions have no end, as th
 _NEW_TOKENS = 256  # where a task doesn't say, as the harness has it
 _ONLY = {"num_beams": 1, "num_beam_groups": 1, "no_repeat_ngram_size": 0}
 _MOST_NEW = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_READ = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # What the harness asks besides the context's and the continuation's text: their ids.
 Asked = tuple[Any, list[int], list[int]]
 
@@ -206,7 +207,12 @@ def strategy_of(kind: dict[str, Any]) -> Greedy | Sampling:
 
     Raises InputError for what would be computed otherwise than asked.
     """
-    unread = {name: kind[name] for name, value in _ONLY.items() if kind.get(name, value) != value}
+    known = {*_READ, *_MOST_NEW}
+    unread = {
+        name: value
+        for name, value in kind.items()
+        if name not in known and value is not None and value != _ONLY.get(name)
+    }
     if unread:
         raise InputError(f"the task's generation_kwargs ask for {unread}, which is not computed")
     temperature = float(kind.get("temperature") or 0.0)

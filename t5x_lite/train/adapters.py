@@ -27,6 +27,8 @@ from t5x_lite.interop import hf_words, load_peft, read_hf_config
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.transformer import Transformer
+from t5x_lite.peft.compose import Compose
+from t5x_lite.peft.quantise import Quantise, Stored, find_quantise
 from t5x_lite.peft.transform import Full, Transform
 from t5x_lite.records import from_record, to_record
 from t5x_lite.sharding import Partitioner
@@ -56,9 +58,9 @@ class Adapter:
     @classmethod
     def of_run(cls, run: runs.Run, where: str) -> Adapter:
         """Raises InputError for a run, from `where`, that is no adapter."""
-        if isinstance(run.transform, Full):
+        if isinstance(run.transform, Full | Stored):
             raise InputError(
-                f"'{where}' is no adapter: all of its parameters were trained; name it as the model"
+                f"'{where}' is no adapter: it holds a whole model; name it as the model"
             )
         fields = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: getattr(run, name) for name in fields})
@@ -185,10 +187,16 @@ class Base:
             self.path, step if kept else find_step(self.path, self.step), restore
         )
 
-    def params(self, model: ModelConfig, seed: int, checkpoint: runs.RunCheckpoint) -> Params:
-        key = (model, seed, checkpoint)
+    @property
+    def quantise(self) -> Quantise | None:
+        """How its weights are stored in codes, if they are."""
+        stored = None if self._run is None else self._run.transform
+        return stored.quantise if isinstance(stored, Stored) else None
+
+    def params(self, session: Session, checkpoint: runs.RunCheckpoint) -> Params:
+        key = (session.config, session.seed, find_quantise(session.transform), checkpoint)
         if self._read[0] != key:
-            self._read = key, runs.load_params(checkpoint, model, self.partitioner, seed)
+            self._read = key, runs.load_base(checkpoint, session)
         return self._read[1]
 
 
@@ -248,8 +256,10 @@ def attach(path: str, base: Base, step: int | Literal["best"] | None = None) -> 
         model = base.model
         transform, trainable = load_peft(path, Transformer(model), partitioner=base.partitioner)
         checkpoint = base.checkpoint(None)
+        if base.quantise is not None:
+            transform = Compose((transform, base.quantise))
         session = Session(model, transform, base.partitioner)
-        params = base.params(model, 0, checkpoint)
+        params = base.params(session, checkpoint)
         labels, asking = base.told
         adapter = Adapter(
             model, transform, session.fingerprint(params), checkpoint, labels=labels, asking=asking
@@ -261,7 +271,7 @@ def attach(path: str, base: Base, step: int | Literal["best"] | None = None) -> 
     session = Session(adapter.model, adapter.transform, base.partitioner, adapter.seed)
     try:
         checkpoint = base.checkpoint(adapter.base)
-        params = base.params(adapter.model, adapter.seed, checkpoint)
+        params = base.params(session, checkpoint)
     except InputError as error:
         raise InputError(f"the adapter '{path}' does not go on '{base.path}': {error}") from error
     found = session.fingerprint(params)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from t5x_lite import trees
 from t5x_lite.data.objectives.base import is_labelled, wrapping
 from t5x_lite.data.pipeline import Batches
 from t5x_lite.data.tasks import Mixture, Task
@@ -17,7 +18,7 @@ from t5x_lite.models.config_positions import Learned
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
 from t5x_lite.train.checkpoint import CheckpointPolicy, find_step
-from t5x_lite.train.evaluate import Evaluation, Generate
+from t5x_lite.train.evaluate import Evaluation, Generate, metric_names
 from t5x_lite.train.session import Session
 from t5x_lite.types import MASKED_TARGET_SPANS, MASKED_TARGET_VALUES, Batch, InputError
 
@@ -34,6 +35,12 @@ def check_best(
         raise InputError(
             f"CheckpointPolicy.best_metric='{policy.best_metric}' is of no evaluation; there are: "
             f"{', '.join(one.name for one in evaluations) or 'none'}"
+        )
+    names, metric = metric_names(found), policy.best_metric.partition("/")[2]
+    if names is not None and metric not in names:
+        raise InputError(
+            f"CheckpointPolicy.best_metric='{policy.best_metric}': '{name}' measures "
+            f"{', '.join(sorted(names))}, and nothing called '{metric}'"
         )
     if eval_period is None or policy.period % (eval_period * found.period):
         raise InputError(
@@ -83,7 +90,12 @@ def check_parts(
     first = batches.batch(0, slice(0, 1))
     steps.check_trainable_batch(first)
     check_loss(model, loss, first)
-    _ = session.split_shapes  # dimensions that do not divide, patterns that match nothing
+    # Dimensions that do not divide, patterns that match nothing.
+    if not trees.flatten(session.split_shapes[0]):
+        raise InputError(
+            f"{type(session.transform).__name__} trains nothing: compose it with what does, "
+            "Compose((LoRA(), Quantise()))"
+        )
 
 
 def check_loss(model: ModelConfig, loss: steps.Loss, batch: Batch) -> None:

@@ -24,6 +24,7 @@ from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import Head
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.peft.lora import LoRA
+from t5x_lite.peft.quantise import without_quantise
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import adapters
 from t5x_lite.train import run as runs
@@ -70,7 +71,7 @@ def convert(
       output: a folder that is not there yet, or empty.
       to: "run": what train (as train.initial), infer and eval start from. "hf": for transformers,
         adapters merged. "adapter": what a run trained, alone, to be handed on; of any transform.
-        "peft": the same of a LoRA, DoRA or IA3.
+        "peft": the same, of a kind that PEFT has.
       base: the model that an adapter belongs to: a run's folder, or Hugging Face's. For to="peft":
         what PEFT shall take for the base model.
       vocabulary: of the new run; None: that of the tokenizer's file in `source`.
@@ -237,7 +238,8 @@ def _run_to_adapter(
     params = None
     if isinstance(run.transform, LoRA) and run.transform.init == "pissa" and run.base is not None:
         params = runs.load_params(run.base, run.model, partitioner, run.seed)
-    save_peft(output, session.model, run.transform, trainable, base=base, params=params)
+    trained = without_quantise(run.transform)
+    save_peft(output, session.model, trained, trainable, base=base, params=params)
 
 
 def _from_adapter(
@@ -246,7 +248,7 @@ def _from_adapter(
     """An adapter's folder, ours or PEFT's, in the other format, or as a run beside its base."""
     under = adapters.Base(base, step, partitioner)
     found = adapters.attach(source, under)
-    transform, trainable = found.session.transform, found.trainable
+    transform, trainable = without_quantise(found.session.transform), found.trainable
     if to == "run":
         run = found.adapter.run(under.vocabulary(), found.checkpoint)
         save_run(output, run, trainable, {}, 0)

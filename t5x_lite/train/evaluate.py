@@ -255,6 +255,34 @@ def score_records(
     return measure_all(task.metrics, targets, predicted, resamples)
 
 
+def metric_names(evaluation: Evaluation) -> set[str] | None:
+    """What an evaluation measures; None: not to be known before it runs.
+
+    Of text and labels by scoring the first records as if they were answered rightly.
+    """
+    task = evaluation.batches.task
+    if isinstance(evaluation, TeacherForced):
+        found = {"loss"}
+        if getattr(task.objective, "asks", None) != "value":
+            found.add("accuracy")
+        if not is_labelled(task.objective):
+            found.add("perplexity")
+        return found | ({"bits_per_byte"} if "decoder" in task.lengths else set())
+    records = evaluation.batches.records(0)
+    try:
+        if isinstance(evaluation, Generate):
+            right = [{**record, "prediction": record["targets"]} for record in records]
+            scores = score_records(task, right)
+        else:
+            scores = evaluation.score([evaluation.right(record) for record in records], 0)
+    except InputError:
+        raise
+    except Exception:  # somebody's own metric, which wants other examples than these
+        return None
+    ends = ("", "_low", "_high") if evaluation.resamples else ("",)
+    return {name + end for name in scores for end in ends}
+
+
 def target_bytes(batch: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> np.ndarray:
     """float32 `[rows, 1]`: bytes of the text that a row asks of the decoder; 0 without one."""
     if types.DECODER_TARGET_TOKENS not in batch:

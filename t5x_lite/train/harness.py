@@ -9,6 +9,7 @@ is the harness's command line. Installing the project also makes it a command, `
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import sys
 from typing import Any
@@ -45,6 +46,13 @@ def register() -> None:
             **options: Any,
         ):
             del device, max_batch_size  # what JAX finds, and batches are of one size
+            known = inspect.signature(HarnessModel).parameters
+            if unknown := [name for name in options if name not in known]:
+                takes = ["path", "adapter", "step", *list(known)[1:]]
+                raise InputError(
+                    f"--model_args has {', '.join(unknown)}, which {NAME} doesn't know; it takes "
+                    f"{', '.join(takes)}"
+                )
             loaded = open_model(path, adapter=adapter, step=step)
             if add_bos_token is None:
                 vocabulary = loaded.vocabulary

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 from absl import logging
 
 from t5x_lite import trees
+from t5x_lite.models import weights
 from t5x_lite.train.session import Session
 from t5x_lite.types import InputError, Params
 
@@ -30,7 +31,8 @@ def fill(session: Session, found: Params, rules: Sequence[Rule], where: str) -> 
     rule that matches none of the model's paths, and for parameters that `found`, from `where`,
     lacks or has in another shape.
     """
-    shapes, theirs = trees.flatten(session.base_shapes), trees.flatten(found)
+    shapes = trees.flatten(session.base_shapes)
+    theirs = trees.flatten(found, is_leaf=weights.is_node)  # quantised weights stay so
     sources = find_sources(shapes, rules)
     problems = [
         f"{path} {tuple(shape.shape)} is not there"
@@ -59,12 +61,17 @@ def fill(session: Session, found: Params, rules: Sequence[Rule], where: str) -> 
     drawn = session.init_some(fresh) if fresh else {}
     return trees.unflatten(
         {
-            path: drawn[path]
-            if source is None
-            else jax.device_put(theirs[source].astype(shapes[path].dtype), shapes[path].sharding)
+            path: drawn[path] if source is None else _placed(theirs[source], shapes[path])
             for path, source in sources.items()
         }
     )
+
+
+def _placed(found: Any, shape: Any) -> Any:
+    """An array as the model has it; a node keeps the shards that it was restored in."""
+    if weights.is_node(found):
+        return found
+    return jax.device_put(found.astype(shape.dtype), shape.sharding)
 
 
 def find_sources(paths: Mapping[str, object], rules: Sequence[Rule]) -> dict[str, str | None]:

@@ -79,7 +79,7 @@ def inspect_params(
             table.add_row(
                 path,
                 str(leaf.shape),
-                " ".join(flat_axes[path]),
+                " ".join(map(str, flat_axes[path])),
                 str(tuple(leaf.sharding.spec)),
                 f"{count:,}",
                 f"{shard:,}",

@@ -59,11 +59,22 @@ class Label:
             for record, row, used in zip(self.batches.records(step), scores, weights, strict=False)
         ]
 
-    def score(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """The task's metrics on the records of all batches."""
+    def right(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record as if it were answered rightly."""
+        objective = self.batches.task.objective
+        assert is_labelled(objective)
+        truth = objective.truth(record)
+        several = objective.asks == "span"  # answers, of which any is right
+        return {**record, "target": truth, "prediction": truth[0] if several else truth}
+
+    def score(
+        self, records: Sequence[dict[str, Any]], resamples: int | None = None
+    ) -> dict[str, float]:
+        """The task's metrics on the records of all batches; `resamples`: None: its own."""
         task = self.batches.task
         clean = task.postprocess or (lambda value: value)
         targets, predictions = (
             [clean(record[name]) for record in records] for name in ("target", "prediction")
         )
-        return measure_all(task.metrics, targets, predictions, self.resamples)
+        resamples = self.resamples if resamples is None else resamples
+        return measure_all(task.metrics, targets, predictions, resamples)

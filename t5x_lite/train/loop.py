@@ -129,11 +129,7 @@ def train(
                 say(f"  (train.initial, {initial.model_dir}, was read when the run began)")
         else:
             start = 0
-            base = (
-                session.init_base()
-                if initial is None
-                else runs.load_params(initial, model, partitioner, seed)
-            )
+            base = session.init_base() if initial is None else runs.load_base(initial, session)
             params, frozen = session.split(base)
             base_fingerprint = session.fingerprint(base)
             del base

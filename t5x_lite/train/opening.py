@@ -10,6 +10,7 @@ from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.interop import hf_words, load_hf, load_peft
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
+from t5x_lite.peft.quantise import Stored
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import adapters
 from t5x_lite.train import run as runs
@@ -95,7 +96,10 @@ def _open_run(
 ) -> Loaded:
     run = runs.Run.read(path)
     session, trainable, frozen = runs.load(runs.RunCheckpoint(path, step), partitioner)
-    combine = session.transform.merge if merged else session.transform.apply
+    transform = session.transform
+    # Quantised weights stay so under an adapter.
+    merges = merged and not isinstance(transform, Stored)
+    combine = transform.merge if merges else transform.apply
     with partitioner.activate():
         return _of_run(run, session, combine(trainable, frozen))
 

@@ -37,6 +37,7 @@ from t5x_lite.peft.ia3 import IA3
 from t5x_lite.peft.lora import DoRA, LoRA
 from t5x_lite.peft.prefix import PrefixTuning
 from t5x_lite.peft.prompt import PromptTuning
+from t5x_lite.peft.quantise import Quantise, Stored, find_quantise
 from t5x_lite.peft.transform import BitFit, Freeze, Full, Transform
 from t5x_lite.records import from_record, to_record
 from t5x_lite.sharding import Partitioner
@@ -62,6 +63,8 @@ CLASSES = (
     Compose,
     PrefixTuning,
     PromptTuning,
+    Quantise,
+    Stored,
     SentencePieceVocabulary,
     TokenizersVocabulary,
     ByteVocabulary,
@@ -190,6 +193,50 @@ def load_params(
     return initial.fill(target, found, source.restore, source.model_dir)
 
 
+def load_base(source: RunCheckpoint, session: Session) -> Params:
+    """What `session.split` takes: `load_params`, but quantised weights come as they are.
+
+    They are never made whole on the way. Raises InputError for a quantised folder where the
+    session's transform keeps no quantised weights, other ones, or trains them.
+    """
+    config, partitioner = session.config, session.partitioner
+    run = None if source.is_hf else Run.read(source.model_dir)
+    if run is None or not isinstance(run.transform, Stored):
+        return load_params(source, config, partitioner, session.seed)
+    _check_quantise(source.model_dir, run.transform.quantise, session)
+    if not source.restore:
+        _check_same(source, config)
+    own = None if source.restore else config
+    stored, trainable, frozen = load(source, partitioner, own)
+    found = stored.transform.apply(trainable, frozen)
+    if not source.restore:
+        return found
+    return initial.fill(session, found, source.restore, source.model_dir)
+
+
+def _check_quantise(where: str, theirs: Quantise, session: Session) -> None:
+    """Raises InputError unless weights quantised by `theirs` can stand in the session."""
+    ours = find_quantise(session.transform)
+    if ours is None:
+        raise InputError(
+            f"the weights in '{where}' are quantised, and {type(session.transform).__name__} needs "
+            f"them in full: tune beside them, train.transform = Compose((LoRA(), {theirs})), or "
+            "start from the folder that they were made from"
+        )
+    if ours != theirs:
+        raise InputError(
+            f"the weights in '{where}' are quantised as {theirs}, and this run's transform has "
+            f"{ours}: make the two alike"
+        )
+    base = trees.flatten(session.base_shapes)
+    trained = trees.flatten(session.split_shapes[0])
+    if clash := [path for path in trained if path in base and theirs.takes(path)]:
+        raise InputError(
+            f"'{clash[0]}' is to be trained, and the weights in '{where}' have it quantised: start "
+            "from the folder that they were made from"
+        )
+
+
 def _check_same(source: RunCheckpoint, config: ModelConfig) -> None:
     """Raises InputError where weights would be read into a model that computes something else."""
     theirs = read_hf_config(source.model_dir) if source.is_hf else Run.read(source.model_dir).model
@@ -230,12 +277,9 @@ def load_trainable(source: RunCheckpoint, session: Session) -> Params:
 
 def load_frozen(run: Run, session: Session) -> Params:
     """The frozen parameters that a run was tuned beside; empty for full fine-tuning."""
-    if isinstance(run.transform, Full):
+    if not trees.flatten(session.split_shapes[1]):
         return {}
-    if run.base is None:
-        base = session.init_base()
-    else:
-        base = load_params(run.base, session.config, session.partitioner, run.seed)
+    base = session.init_base() if run.base is None else load_base(run.base, session)
     found = session.fingerprint(base)
     if run.base_fingerprint != found:
         where = "its seed" if run.base is None else f"'{run.base.model_dir}'"

@@ -21,6 +21,7 @@ from t5x_lite.data.tasks import (
     assign,
     whole_ratio,
 )
+from t5x_lite.data.text_formats import TextSquad
 from t5x_lite.data.vocabularies import ByteVocabulary
 from t5x_lite.types import InputError
 
@@ -92,6 +93,10 @@ def test_bad_records_are_named():
         task().tokens({"line": "a"})
     with pytest.raises(InputError, match="reads the field 'inputs', but the record has text"):
         task(preprocessors=[Prefix("a")]).record({"text": "a"})
+    with pytest.raises(
+        InputError, match=r"task 'a': TextSquad\(\) can't take the record, whose fields are answers"
+    ):
+        task(name="a", preprocessors=[TextSquad()]).record({"answers": ["x"]})
     with pytest.raises(InputError, match="returned NoneType"):
         task(preprocessors=[lambda record: None]).record({"text": "a"})
     with pytest.raises(InputError, match="the splits are: train"):

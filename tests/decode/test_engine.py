@@ -119,7 +119,7 @@ def test_a_token_that_ends_texts_frees_its_slot():
 
 
 def test_draws_depend_on_the_request_alone():
-    prompt = np.arange(40, 46, dtype=np.int32)  # its greedy answer is long
+    prompt = np.arange(22, 28, dtype=np.int32)  # its greedy answer is long and repeats itself
     drawn = [
         Request(prompt, NEW, Sampling(temperature=9.0, top_k=50), seed=3),
         Request(prompt, NEW, Sampling(temperature=9.0, top_k=50), seed=4),

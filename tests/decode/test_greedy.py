@@ -30,7 +30,6 @@ def uncached(model, params, batch):
 
     What follows the prefix is padding that a causal decoder cannot see: one shape, one program.
     """
-    apply = jax.jit(lambda params, inputs: model.apply({"params": params}, inputs))
     rows = []
     for row in range(batch[types.ENCODER_INPUT_TOKENS].shape[0]):
         length = int(batch[types.ENCODER_SEGMENT_IDS][row].sum())
@@ -41,7 +40,7 @@ def uncached(model, params, batch):
                 types.ENCODER_INPUT_TOKENS: encoder,
                 types.DECODER_INPUT_TOKENS: np.asarray([(tokens + [PAD] * NEW)[:NEW]], np.int32),
             }
-            tokens.append(int(np.argmax(apply(params, inputs)[0, len(tokens) - 1])))
+            tokens.append(int(np.argmax(common.call(model, params, inputs)[0, len(tokens) - 1])))
             if tokens[-1] == EOS:
                 break
         rows.append((tokens[1:] + [PAD] * NEW)[:NEW])
@@ -83,7 +82,7 @@ def test_cached_logits_equal_uncached(config):
     batch = {k: v for k, v in batch.items() if k.endswith("input_tokens")}
     tokens = batch[types.DECODER_INPUT_TOKENS]
     variables = {"params": params}
-    expected = jax.jit(model.apply)(variables, batch)
+    expected = common.call(model, params, batch)
     prefill = jax.jit(lambda v, b: model.apply(v, b, 10, method="prefill"))
     extend = jax.jit(lambda v, t, c: model.apply(v, t, c, method="extend"))
     start = batch | {types.DECODER_INPUT_TOKENS: tokens[:, :3]}

@@ -150,6 +150,10 @@ def test_one_token_to_choose_from_is_greedy():
     [
         (lambda: Greedy(repetition_penalty=0.0), "Greedy.repetition_penalty=0.0: expected more"),
         (lambda: Sampling(temperature=0.0), "Sampling.temperature=0.0: .*use Greedy"),
+        (lambda: Sampling(temperature=1e-39), "temperature=1e-39: expected 1e-06 or more"),
+        (lambda: Sampling(temperature=float("nan")), "temperature=nan: expected 1e-06"),
+        (lambda: BeamSearch(early_stopping=1), "early_stopping=1: expected one of .True, False"),
+        (lambda: BeamSearch(early_stopping=0), "early_stopping=0: expected one of"),
         (lambda: Sampling(top_k=0), "Sampling.top_k=0: expected at least 1"),
         (lambda: Sampling(top_p=1.5), "Sampling.top_p=1.5: expected more than 0 and at most 1"),
         (lambda: Sampling(min_p=0.0), "Sampling.min_p=0.0"),

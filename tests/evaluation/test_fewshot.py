@@ -151,6 +151,14 @@ def test_mistakes_in_a_task_are_named():
         fewshot.prompts(task(answer=Choose(choices=ANSWERS, target_field="x")), 1)
     with pytest.raises(InputError, match="the record's 'text' is 'train"):
         fewshot.prompts(task(answer=Choose(choices=ANSWERS, target_field="text")), 1)
+    for odd in ("good", ["good", 3], [], None):
+        with pytest.raises(
+            InputError, match=r"the record's 'choices' is .*expected a list of text"
+        ):
+            Choose().of({"choices": odd})
+    for odd in (True, [1], None, 2, 0.5):
+        with pytest.raises(InputError, match=r"the record's 'label' is .*the number of a choice"):
+            Choose(choices=ANSWERS[:2]).target({"label": odd})
     with pytest.raises(InputError, match=r"Choose\.per='word'"):
         Choose(per="word")
 

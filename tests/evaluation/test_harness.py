@@ -115,8 +115,10 @@ def test_tasks_may_sample(lm_eval):
     assert strategy_of({"temperature": 0.0}) == Greedy()
     assert strategy_of({"temperature": 0.7, "top_p": 0.9}) == Sampling(0.7, top_p=0.9)
     assert strategy_of({"do_sample": True, "top_k": 5}) == Sampling(1.0, top_k=5)
-    with pytest.raises(InputError, match="num_beams"):
-        strategy_of({"num_beams": 4})
+    assert strategy_of({"num_beams": 1, "until": ["x"], "max_gen_toks": 3}) == Greedy()
+    for unread in ({"num_beams": 4}, {"typical_p": 0.5}, {"lenght_penalty": 1.0}):
+        with pytest.raises(InputError, match=f"{next(iter(unread))}.*is not computed"):
+            strategy_of(unread)
 
 
 def test_whole_documents(lm_eval, folder):
@@ -145,6 +147,8 @@ def test_a_run_is_asked_as_it_was_trained(lm_eval, folder, tmp_path):
 def test_what_the_model_cannot_do_is_one_message(lm_eval, folder):
     with pytest.raises(InputError, match=f"max_length=97: the model has {POSITIONS} positions"):
         run(lm_eval, harness.NAME, f"path={folder},max_length=97", "local_choices")
+    with pytest.raises(InputError, match="has max_lenght, which t5x_lite doesn't know; it takes"):
+        run(lm_eval, harness.NAME, f"path={folder},max_lenght=50", "local_choices")
     with pytest.raises(InputError, match="24 new tokens, and a row of this model has 20"):
         run(lm_eval, harness.NAME, f"path={folder},max_length=20", "local_writing")
 

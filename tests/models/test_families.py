@@ -33,11 +33,6 @@ with_decoder = pytest.mark.parametrize(
 )
 
 
-def apply(model, params, batch, method=None):
-    """One compiled call."""
-    return jax.jit(lambda p, b: model.apply({"params": p}, b, method=method))(params, batch)
-
-
 def segments_alone(config, lengths=((5, 4), (7, 6))):
     """Unpacked batches of one row, one for each of the (encoder, decoder) lengths."""
     rng = np.random.default_rng(0)
@@ -72,8 +67,8 @@ def test_a_packed_row_computes_what_its_segments_compute_alone(family):
     config = common.FAMILIES[family]
     model, params = common.build(config)
     alone = segments_alone(config)
-    together = apply(model, params, pack(alone))
-    expected = [apply(model, params, one) for one in alone]
+    together = common.call(model, params, pack(alone))
+    expected = [common.call(model, params, one) for one in alone]
     np.testing.assert_allclose(together, np.concatenate(expected, axis=1), rtol=1e-4, atol=1e-4)
 
 
@@ -87,8 +82,8 @@ def test_padding_changes_nothing(family):
     for key, value in batch.items():
         filler = 3 if key.endswith("_tokens") else 0
         padded[key] = np.pad(value, ((0, 0), (0, 4)), constant_values=filler)
-    expected = apply(model, params, batch)
-    found = apply(model, params, padded)[:, : expected.shape[1]]
+    expected = common.call(model, params, batch)
+    found = common.call(model, params, padded)[:, : expected.shape[1]]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -146,7 +141,7 @@ def test_cached_logits_are_the_uncached_ones_with_unequal_prompts(family):
         alone[types.DECODER_INPUT_TOKENS] = tokens[row : row + 1, count:]
         if memory:
             alone[types.DECODER_SEGMENT_IDS] = np.ones((1, 9 - count), np.int32)
-        expected = apply(model, params, alone)
+        expected = common.call(model, params, alone)
         np.testing.assert_allclose(cached[row : row + 1, count:], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -177,9 +172,9 @@ def test_slots_are_asked_where_they_point_and_nowhere_else():
     config = dataclasses.replace(common.FAMILIES["bert"], pair_head=None)
     model, params = common.build(config)
     batch = pack(segments_alone(config))
-    everywhere = apply(model, params, batch)
+    everywhere = common.call(model, params, batch)
     slots = np.array([[11, 0, 5]], np.int32)
-    found = apply(model, params, batch | {types.MASKED_POSITIONS: slots})
+    found = common.call(model, params, batch | {types.MASKED_POSITIONS: slots})
     np.testing.assert_allclose(found, everywhere[:, slots[0]], rtol=1e-5, atol=1e-5)
 
 
@@ -187,15 +182,15 @@ def test_the_first_slot_is_the_pairs():
     config = common.FAMILIES["bert"]
     model, params = common.build(config)
     batch = pack(segments_alone(config))
-    states = apply(model, params, batch, method="states")
+    states = common.call(model, params, batch, "states")
     slots = np.array([[5, 3, 9]], np.int32)  # the second segment begins at 5
-    found = apply(model, params, batch | {types.MASKED_POSITIONS: slots})
+    found = common.call(model, params, batch | {types.MASKED_POSITIONS: slots})
     head = params["pair_head"]
     hidden = jnp.tanh(states[0, 5] @ head["dense"]["kernel"] + head["dense"]["bias"])
     expected = hidden @ head["out"]["kernel"] + head["out"]["bias"]
     np.testing.assert_allclose(found[0, 0, :2], expected, rtol=1e-4, atol=1e-5)
     assert found[0, 0, 2:].max() < -1e8
-    tokens = apply(model, params, batch)
+    tokens = common.call(model, params, batch)
     np.testing.assert_allclose(found[0, 1:], tokens[0, slots[0, 1:]], rtol=1e-4, atol=1e-4)
 
 
@@ -203,7 +198,7 @@ def test_pooling_stays_in_the_slots_segment():
     config = dataclasses.replace(common.FAMILIES["bert"], pair_head=None, head=EmbeddingHead())
     model, params = common.build(config)
     batch = pack(segments_alone(config))
-    states = apply(model, params, batch, method="states")
+    states = common.call(model, params, batch, "states")
     slots = np.array([[2, 7]], np.int32)
     for pooling, expected in {
         "first": (states[0, 0], states[0, 5]),
@@ -212,9 +207,9 @@ def test_pooling_stays_in_the_slots_segment():
     }.items():
         found = heads.pool(states, batch[types.ENCODER_SEGMENT_IDS], slots, pooling)
         np.testing.assert_allclose(found[0], np.stack(expected), rtol=1e-4, atol=1e-5)
-    embedded = apply(model, params, batch | {types.MASKED_POSITIONS: slots})
+    embedded = common.call(model, params, batch | {types.MASKED_POSITIONS: slots})
     np.testing.assert_allclose(np.linalg.norm(embedded, axis=-1), 1.0, rtol=1e-5)
-    alone = apply(model, params, segments_alone(config)[0])
+    alone = common.call(model, params, segments_alone(config)[0])
     np.testing.assert_allclose(alone[0, 0], embedded[0, 0], rtol=1e-4, atol=1e-5)
 
 
@@ -232,7 +227,7 @@ def test_heads_for_labels(head, shapes):
     model, params = common.build(config)
     name = "sequence_head" if isinstance(head, SequenceHead) else "token_head"
     assert set(trees.flatten(params[name])) == shapes
-    logits = apply(model, params, segments_alone(config)[0])
+    logits = common.call(model, params, segments_alone(config)[0])
     assert logits.shape == (1, 1 if isinstance(head, SequenceHead) else 4, head.num_labels)
 
 
@@ -241,8 +236,8 @@ def test_sinusoids_move_tokens_and_rows_may_be_of_any_length():
     model, params = common.build(config)
     batch = segments_alone(config, ((40, 36),))[0]
     swapped = batch | {types.ENCODER_INPUT_TOKENS: batch[types.ENCODER_INPUT_TOKENS][:, ::-1]}
-    logits = apply(model, params, batch)
-    assert np.abs(logits - apply(model, params, swapped)).max() > 1e-2
+    logits = common.call(model, params, batch)
+    assert np.abs(logits - common.call(model, params, swapped)).max() > 1e-2
     assert "position_embedding" not in params["encoder"]
 
 
@@ -251,8 +246,8 @@ def test_dynamic_positions_do_not_depend_on_what_a_text_is_packed_with():
     config = common.with_stacks(common.FAMILIES["llama"], positions=rotary)
     model, params = common.build(config)
     batches = segments_alone(config, ((0, 6), (0, 20), (0, 9)))
-    packed = apply(model, params, pack(batches))
-    alone = np.concatenate([apply(model, params, batch) for batch in batches], axis=1)
+    packed = common.call(model, params, pack(batches))
+    alone = np.concatenate([common.call(model, params, batch) for batch in batches], axis=1)
     np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=1e-5)
 
 

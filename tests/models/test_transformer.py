@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -29,17 +30,26 @@ def influence(config, batch, stream, row, place):
     """
     size = batch[stream].size
     config = dataclasses.replace(config, vocab_size=size + 1, head=LMHead())
-    model, params = common.build(config)
     batch = {k: np.full_like(v, size) if k.endswith("_tokens") else v for k, v in batch.items()}
     batch[stream] = np.arange(size, dtype=np.int32).reshape(batch[stream].shape)
+    gradient = _gradient(config)(common.build(config)[1], batch, row, place)
+    return np.asarray(jnp.abs(gradient[:size]).sum(-1) > 0).reshape(batch[stream].shape)
 
-    def output(table):
+
+@functools.cache
+def _gradient(config):
+    """Of logits at a row and place, by the embedding: compiled once for every place."""
+    model = transformer.Transformer(config)
+
+    def output(table, params, batch, row, place):
         values = params | {"token_embedding": {"embedding": table}}
         logits = model.apply({"params": values}, batch)
         return jnp.sum(jnp.sin(logits[row, place]))
 
-    gradient = jax.jit(jax.grad(output))(params["token_embedding"]["embedding"])
-    return np.asarray(jnp.abs(gradient[:size]).sum(-1) > 0).reshape(batch[stream].shape)
+    def gradient(params, batch, row, place):
+        return jax.grad(output)(params["token_embedding"]["embedding"], params, batch, row, place)
+
+    return jax.jit(gradient)
 
 
 @pytest.mark.parametrize("config", [common.T5, common.GPT], ids=["t5", "gpt"])
@@ -96,13 +106,15 @@ def test_a_packed_row_computes_what_its_segments_compute_alone():
     packed = {key: np.concatenate([p[key] for p in parts], axis=1) for key in parts[0]}
     packed[types.ENCODER_SEGMENT_IDS] = np.repeat([[1, 2]], (5, 7), axis=1).astype(np.int32)
     packed[types.DECODER_SEGMENT_IDS] = np.repeat([[1, 2]], (4, 6), axis=1).astype(np.int32)
-    together = jax.jit(model.apply)({"params": params}, packed)
-    alone = [jax.jit(model.apply)({"params": params}, part) for part in parts]
+    together = common.call(model, params, packed)
+    alone = [common.call(model, params, part) for part in parts]
     np.testing.assert_allclose(together, np.concatenate(alone, axis=1), rtol=1e-4, atol=1e-5)
 
 
-def value_and_gradient(config, batch, params):
-    model = transformer.Transformer(config)
+@functools.cache
+def value_and_gradient(config):
+    model, params = common.build(config)
+    batch = common.random_batch(config)
 
     def loss(params):
         rngs = {"dropout": jax.random.key(7)}
@@ -114,15 +126,18 @@ def value_and_gradient(config, batch, params):
 
 @pytest.mark.parametrize(
     "change",
-    [{"unroll": 2}, {"unroll": 4}, {"remat": "full"}, {"remat": "dots"}],
+    [
+        {"unroll": 2},
+        pytest.param({"unroll": 4}, marks=pytest.mark.slow),
+        {"remat": "full"},
+        {"remat": "dots"},
+    ],
     ids=str,
 )
 def test_unrolling_and_recomputing_change_nothing(change):
     config = common.with_stacks(common.T5, num_layers=4, dropout=0.2)
-    batch = common.random_batch(config)
-    _, params = common.build(config)
-    expected = value_and_gradient(config, batch, params)
-    found = value_and_gradient(common.with_stacks(config, **change), batch, params)
+    expected = value_and_gradient(config)
+    found = value_and_gradient(common.with_stacks(config, **change))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
     )
@@ -141,16 +156,20 @@ def test_the_loop_over_layers_is_a_loop_over_layers():
         places[None, :] - places[:, None], bidirectional=True, num_buckets=32, max_distance=128
     )
     bias = jnp.moveaxis(encoder["relative_bias"]["embedding"][bucket], -1, 0)[None]
-    for index in range(3):
-        layer = Layer(stack, has_memory=False, param_dtype=jnp.float32, stddev=None)
-        weights = jax.tree.map(lambda leaf, index=index: leaf[index], encoder["layers"])
+    layer = Layer(stack, has_memory=False, param_dtype=jnp.float32, stddev=None)
+
+    @jax.jit
+    def one(weights, x, bias):
         visibility = Visibility(segments, segments)
-        x, _ = layer.apply(
+        return layer.apply(
             {"params": weights}, x, None, None, visibility, Visibility(), bias, None, None, True
-        )
+        )[0]
+
+    for index in range(3):
+        x = one(jax.tree.map(lambda leaf, index=index: leaf[index], encoder["layers"]), x, bias)
     scale = encoder["final_norm"]["scale"]
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale[None, None]
-    found = model.apply({"params": params}, batch, method="encode")
+    found = common.call(model, params, batch, "encode")
     np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
 
 
@@ -159,23 +178,25 @@ def test_dropout_drops_only_when_asked_and_by_its_key():
     model, params = common.build(config)
     batch = common.random_batch(config)
 
+    @jax.jit
     def run(seed):
         return model.apply(
             {"params": params}, batch, deterministic=False, rngs={"dropout": jax.random.key(seed)}
         )
 
-    still = model.apply({"params": params}, batch)
+    still = common.call(model, params, batch)
     np.testing.assert_array_equal(run(1), run(1))
     assert np.abs(run(1) - run(2)).max() > 1e-2
     assert np.abs(run(1) - still).max() > 1e-2
 
 
 def test_bfloat16_computes_in_bfloat16_and_stays_near_float32():
-    model, params = common.build(common.T5)
+    model = transformer.Transformer(common.T5)
+    params = jax.jit(lambda key: transformer.init(model, key))(jax.random.key(0))
     half = transformer.Transformer(dataclasses.replace(common.T5, dtype="bfloat16"))
     batch = common.random_batch(common.T5)
-    expected = model.apply({"params": params}, batch)
-    found = half.apply({"params": params}, batch)
+    expected = common.call(model, params, batch)
+    found = common.call(half, params, batch)
     assert found.dtype == jnp.bfloat16
     error = jnp.abs(found.astype(jnp.float32) - expected)
     assert error.mean() < 0.03 * jnp.abs(expected).mean()
@@ -219,7 +240,7 @@ def test_initial_scales_are_t5s():
         encoder=StackConfig(num_layers=2, num_heads=4, head_dim=64, mlp_dim=512),
     )
     model = transformer.Transformer(config)
-    params = trees.flatten(transformer.init(model, jax.random.key(0)))
+    params = trees.flatten(jax.jit(lambda key: transformer.init(model, key))(jax.random.key(0)))
     expected = {
         "token_embedding/embedding": 1.0,
         "encoder/layers/self_attention/query/kernel": (256 * 64) ** -0.5,
@@ -236,12 +257,10 @@ def test_initial_scales_are_t5s():
 def test_tied_logits_are_scaled_rows_of_the_embedding():
     model, params = common.build(common.BERT)
     batch = common.random_batch(common.BERT)
-    hidden = model.apply({"params": params}, batch, method="encode")
+    hidden = common.call(model, params, batch, "encode")
     table = params["token_embedding"]["embedding"]
     expected = jnp.einsum("ble,ve->blv", hidden, table) / np.sqrt(32)
-    np.testing.assert_allclose(
-        model.apply({"params": params}, batch), expected, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(common.call(model, params, batch), expected, rtol=1e-4, atol=1e-5)
 
 
 def reference_bucket(distance, bidirectional, num_buckets, max_distance):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from absl.testing import flagsaver
+
+from t5x_lite import configure
+from tests import xla
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["light", "water", "word", "hand", "king", "house", "river", "stone", "bread", "day"]
@@ -76,8 +84,7 @@ def run(program, *arguments, devices=1, check=None, stdin=None):
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": xla.flags(devices),
         "COLUMNS": "160",
     }
     done = subprocess.run(
@@ -94,6 +101,36 @@ def run(program, *arguments, devices=1, check=None, stdin=None):
     return done
 
 
+@pytest.fixture
+def launch(monkeypatch, tmp_path, capsys):
+    """Runs a program in this process, which has imported all that it needs; on 8 devices.
+
+    If anything was compiled, stderr says so.
+    """
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(seconds)
+
+    def start(program, *arguments):
+        path = ROOT / "scripts" / f"{program}.py"
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        level = logging.root.level
+        compiled.clear()
+        with configure.isolated(), flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(path), run_name="__main__")
+        logging.root.setLevel(level)
+        printed = capsys.readouterr()
+        said = printed.err + "compiled\n" * len(compiled)
+        return subprocess.CompletedProcess(sys.argv, int(stop.value.code or 0), printed.out, said)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield start
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def the_message(done):
     """The one message of a failed program: nothing else on stderr, nothing compiled."""
     assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
@@ -104,15 +141,37 @@ def the_message(done):
     return done.stderr
 
 
-def test_the_programs_work_together(folder):
-    gin = f"--gin_file={folder / 'run.gin'}"
-    dry = run("train", gin, "--dry_run", check=0)
-    assert "train.total_steps = 4" in dry.stdout
-    assert not (folder / "run").exists()
-
-    done = run("train", gin, check=0)
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The run of `run.gin`, which says where its output is."""
+    done = run("train", f"--gin_file={folder / 'run.gin'}", check=0)
     assert "held_out/loss" in done.stderr
-    assert str(folder / "run") in done.stderr  # says where its output is
+    assert str(folder / "run") in done.stderr
+    return folder / "run"
+
+
+def test_a_dry_run_leaves_nothing(folder, launch):
+    fresh = folder / "dry"
+    dry = launch("train", f"--gin_file={folder / 'run.gin'}", f"--model_dir={fresh}", "--dry_run")
+    assert dry.returncode == 0
+    assert "train.total_steps = 4" in dry.stdout
+    assert not fresh.exists()
+
+
+def test_what_a_run_reads_and_trains_is_shown(folder, launch):
+    gin = f"--gin_file={folder / 'run.gin'}"
+    seen = launch("inspect_data", gin, "--step=1")
+    assert seen.returncode == 0
+    assert "decoder_target_tokens" in seen.stdout
+    assert "efficiency" in seen.stdout
+    table = launch("inspect_params", gin)
+    assert table.returncode == 0
+    assert "encoder/layers/self_attention/query/kernel" in table.stdout
+    assert "(1, 32, 2, 8)" in table.stdout
+
+
+def test_the_programs_work_together(folder, trained):
+    gin = f"--gin_file={folder / 'run.gin'}"
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 2, 4, 4]
 
@@ -121,13 +180,6 @@ def test_the_programs_work_together(folder):
     run("train", f"--gin_file={folder / 'run/config.gin'}", f"--model_dir={again}", check=0)
     first, second = (path / "metrics.jsonl" for path in (folder / "run", again))
     assert first.read_bytes() == second.read_bytes()
-
-    seen = run("inspect_data", gin, "--step=1", check=0).stdout
-    assert "decoder_target_tokens" in seen
-    assert "efficiency" in seen
-    table = run("inspect_params", gin, check=0).stdout
-    assert "encoder/layers/self_attention/query/kernel" in table
-    assert "(1, 32, 2, 8)" in table
 
     evaluated = run("eval", gin, "--step=best", check=0)
     scores = json.loads((folder / "run/eval/metrics.jsonl").read_text().splitlines()[-1])
@@ -152,29 +204,30 @@ def test_the_programs_work_together(folder):
     assert piped == whole
 
 
+# With the number of devices of a process of its own; None: said in this one.
 MISTAKES = {
     "a name that nothing uses": (
         ["--gin.MODEL_NAME_THAT_DOES_NOT_EXIST=1"],
         1,
         "MODEL_NAME_THAT_DOES_NOT_EXIST",
     ),
-    "an unknown gin file": (["--gin_file=runs/nowhere.gin"], 1, "runs/nowhere.gin"),
+    "an unknown gin file": (["--gin_file=runs/nowhere.gin"], None, "runs/nowhere.gin"),
     "a mesh that does not fit": (["--gin.Partitioner.data=3"], 2, "needs 3 devices"),
     "a batch that does not divide": (
         ["--gin.Partitioner.data=2", "--gin_bindings=train/Batches.batch_size=7"],
         2,
         "batch_size=7",
     ),
-    "microbatches that do not divide": (["--microbatches=3"], 1, "microbatches"),
+    "microbatches that do not divide": (["--microbatches=3"], None, "microbatches"),
     "heads that do not divide": (
         ["--gin.Partitioner.data=1", "--gin.Partitioner.model=4"],
         4,
         "'heads' of size 2 does not divide over 4",
     ),
-    "a split that is not there": (["--gin_bindings=train/Batches.split='dev'"], 1, "'dev'"),
+    "a split that is not there": (["--gin_bindings=train/Batches.split='dev'"], None, "'dev'"),
     "a vocabulary that is too large": (
         ["--gin.ModelConfig.vocab_size=100"],
-        1,
+        None,
         "ModelConfig.vocab_size=100",
     ),
     "no such checkpoint to start from": (
@@ -182,24 +235,20 @@ MISTAKES = {
             "--gin_bindings=train.initial=@RunCheckpoint()",
             "--gin.RunCheckpoint.model_dir=/nowhere/run",
         ],
-        1,
+        None,
         "/nowhere/run",
     ),
-    "a parameter that does not exist": (["--gin.StackConfig.num_layer=2"], 1, "num_layers"),
+    "a parameter that does not exist": (["--gin.StackConfig.num_layer=2"], None, "num_layers"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_clear_message(mistake, folder):
+def test_a_mistake_is_one_clear_message(mistake, folder, launch):
     arguments, devices, expected = MISTAKES[mistake]
     fresh = folder / mistake.replace(" ", "_")
-    done = run(
-        "train",
-        f"--gin_file={folder / 'run.gin'}",
-        f"--model_dir={fresh}",
-        *arguments,
-        devices=devices,
-    )
+    start = launch if devices is None else functools.partial(run, devices=devices)
+    flags = (f"--gin_file={folder / 'run.gin'}", f"--model_dir={fresh}")
+    done = start("train", *flags, *arguments)
     assert expected in the_message(done)
     assert not list(fresh.glob("checkpoints/*"))
 
@@ -209,10 +258,10 @@ def test_a_mistake_is_one_clear_message(mistake, folder):
     [(b"", "is empty"), (b"a line\nbad \xff\xfe bytes\n", "UTF-8")],
     ids=["empty", "not UTF-8"],
 )
-def test_bad_text_files_are_named(content, expected, folder):
+def test_bad_text_files_are_named(content, expected, folder, launch):
     bad = folder / "bad.txt"
     bad.write_bytes(content)
-    done = run(
+    done = launch(
         "train",
         f"--gin_file={folder / 'run.gin'}",
         f"--model_dir={folder / 'bad_run'}",
@@ -223,30 +272,30 @@ def test_bad_text_files_are_named(content, expected, folder):
     assert "bad.txt" in message
 
 
-def test_another_vocabulary_than_the_checkpoints_is_refused(folder):
-    flags = (f"--gin_file={folder / 'run.gin'}", f"--model_dir={folder / 'vocabulary_run'}")
-    run("train", *flags, check=0)
-    done = run("train", *flags, "--gin.ByteVocabulary.extra_ids=90", "--total_steps=8")
+def test_another_vocabulary_than_the_checkpoints_is_refused(folder, trained, launch):
+    flags = (f"--gin_file={folder / 'run.gin'}", f"--model_dir={trained}")
+    done = launch("train", *flags, "--gin.ByteVocabulary.extra_ids=90", "--total_steps=8")
     assert "fingerprint" in the_message(done)
-    other = run(
+    other = launch(
         "train",
         flags[0],
         f"--model_dir={folder / 'tuned'}",
         "--gin_bindings=train.initial=@RunCheckpoint()",
-        f"--gin.RunCheckpoint.model_dir={folder / 'vocabulary_run'}",
+        f"--gin.RunCheckpoint.model_dir={trained}",
         "--gin.ByteVocabulary.extra_ids=90",
     )
     assert "fingerprint" in the_message(other)
 
 
-def test_a_traceback_is_there_for_those_who_ask(folder):
-    done = run("train", f"--gin_file={folder / 'run.gin'}", "--microbatches=0", "--v=1")
+def test_a_traceback_is_there_for_those_who_ask(folder, launch):
+    done = launch("train", f"--gin_file={folder / 'run.gin'}", "--microbatches=0", "--v=1")
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert done.stderr.rstrip().splitlines()[-1].startswith("error: ")
 
 
-def test_help_teaches():
-    done = run("train", "--help", check=0)
+def test_help_teaches(launch):
+    done = launch("train", "--help")
+    assert done.returncode == 0
     for part in ("--gin_file", "--dry_run", "total_steps", "scripts/train.py --gin_file="):
         assert part in done.stdout

@@ -17,7 +17,7 @@ from t5x_lite.serving import serve as program
 from t5x_lite.serving.hosting import Host, buckets
 from t5x_lite.serving.serve import open_all, parse_adapters, serve
 from t5x_lite.types import InputError
-from tests import folders, pages
+from tests import folders, pages, xla
 from tests.serving.common import OneDevice
 
 
@@ -87,7 +87,12 @@ def test_the_commands_of_the_docs_run(tmp_path):
     starts = [line for line in lines if line.startswith("python scripts/serve.py")]
     (curl,) = [line for line in lines if line.startswith("curl ")]
     assert len(starts) == 2
-    env = {**os.environ, "PYTHONPATH": str(pages.ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(pages.ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": xla.flags(1),
+    }
     for start in starts:
         command = [sys.executable, *start.split()[1:], "--port=0"]
         with subprocess.Popen(

@@ -42,8 +42,9 @@ def test_the_pages_commands_and_python_run(tmp_path, monkeypatch):
         for name in ("wordsim353.tsv", "simlex999.txt"):
             archive.writestr(f"gensim/test/test_data/{name}", PAIRS)
     commands = pages.blocks("docs/embeddings.md")
-    assert len(commands) == 3
-    pages.run(TEXT + "\n".join(commands), tmp_path, CASES)
+    assert len(commands) == 4
+    printed = pages.run(TEXT + "\n".join(commands), tmp_path, CASES)
+    assert '"linear": 100.0' in printed
     assert (tmp_path / "more_vectors" / "vectors.array_record").exists()
     for found in ("word2vec/summary.json", "study_words.json"):
         (tmp_path / "runs" / found).read_text()

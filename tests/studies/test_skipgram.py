@@ -88,7 +88,9 @@ def test_no_operation_is_as_large_as_a_table():
     text = skipgram.run.lower(shapes, windows, 5).compile().as_text()
     made = [line.split(" = ")[1] for line in text.splitlines() if " = f32[5003,7]" in line]
     kinds = {line.split("(")[0].split(" ")[-1] for line in made}
-    assert kinds <= {"parameter", "get-tuple-element", "scatter", "fusion"}, kinds
+    # A scatter in place is an operation of its own, or within a loop, as tests compile it.
+    scattered = {"scatter", "dynamic-update-slice"}
+    assert kinds <= {"parameter", "get-tuple-element", "fusion", *scattered}, kinds
 
 
 def test_windows_hold_each_centre_once_within_its_document():

@@ -17,13 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite import trees, types
+from t5x_lite import types
 from t5x_lite.data.objectives import SpanCorruption
 from t5x_lite.data.pipeline import Batches, EvaluationBatches
 from t5x_lite.data.sources import TextSource
 from t5x_lite.data.tasks import Chunks, Task
 from t5x_lite.data.vocabularies import ByteVocabulary
-from t5x_lite.models import transformer
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.sharding import MESH_AXES, Partitioner
 from t5x_lite.train.checkpoint import CheckpointPolicy
@@ -65,17 +64,7 @@ def start(session: Session, optimizer: Any, base: Any) -> tuple[TrainState, type
     return TrainState(step, params, opt_state), frozen
 
 
-def host_params(config: ModelConfig, seed: int = 0) -> types.Params:
-    """Random parameters as numpy arrays, of about the scale of fresh ones; nothing is compiled."""
-    model = transformer.Transformer(config)
-    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    rng = np.random.default_rng(seed)
-
-    def draw(path: str, shape: jax.ShapeDtypeStruct) -> np.ndarray:
-        noise = rng.normal(size=shape.shape)
-        return (1 + 0.1 * noise if path.endswith("scale") else 0.2 * noise).astype(shape.dtype)
-
-    return trees.map_with_path(draw, shapes)
+host_params = common.host_params
 
 
 def compile_quickly(lowered: Any) -> Any:

@@ -126,9 +126,8 @@ def test_special_tokens_are_the_vocabularys_own(family, tmp_path):
     if family == "bert":
         config = with_stacks(config, positions=Learned(max_length=32))
     run = runs.Run(config, Full(), vocabulary, vocabulary.fingerprint)
-    session = Session(config)
     checkpointer = Checkpointer(str(tmp_path / "run"))
-    checkpointer.save(0, session.init_base(), {}, {})
+    checkpointer.save(0, build(config)[1], {}, {})
     checkpointer.wait()
     checkpointer.close()
     run.write(str(tmp_path / "run"))

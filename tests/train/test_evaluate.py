@@ -121,6 +121,26 @@ def test_teacher_forcing_counts_each_example_once(evaluated, task):
     }
 
 
+@pytest.mark.parametrize("resamples", [0, 9])
+def test_what_will_be_measured_is_known_before(evaluated, task, resamples):
+    batches = EvaluationBatches(task, batch_size=8)
+    found = evaluate.metric_names(TeacherForced(name="held", batches=batches))
+    assert {f"held/{name}" for name in found} | {
+        "texts/size",
+        "texts/size_low",
+        "texts/size_high",
+    } == set(evaluated[0])
+    texts = Generate(name="texts", batches=batches, resamples=resamples)
+    expected = {"size", "size_low", "size_high"} if resamples else {"size"}
+    assert evaluate.metric_names(texts) == expected
+
+    def choosy(targets, predictions):
+        raise ZeroDivisionError
+
+    odd = EvaluationBatches(dataclasses.replace(task, metrics=[choosy]), batch_size=8)
+    assert evaluate.metric_names(Generate(name="texts", batches=odd)) is None
+
+
 def test_generation_writes_a_line_an_example(evaluated, task):
     metrics, predictions, *_ = evaluated
     assert [record["id"] for record in predictions] == list(range(EXAMPLES))

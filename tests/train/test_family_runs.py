@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -207,9 +208,6 @@ def test_a_run_without_a_second_evaluation_is_not_reported(tmp_path, runs):
 
 def test_a_stopped_run_of_slots_ends_as_one_that_was_not(runs, vocabulary, texts, tmp_path):
     packed = Batches(masked_task(vocabulary, texts), batch_size=8, assembly=Pack(16, 12))
-    train(tmp_path / "bert", BERT, packed, total_steps=6, checkpoints=CheckpointPolicy(period=3))
-    lines = [(folder / "bert" / "metrics.jsonl").read_text() for folder in (runs, tmp_path)]
-    assert lines[0] == lines[1]
     again = tmp_path / "again"
     with pytest.MonkeyPatch.context() as patch:
 
@@ -223,7 +221,7 @@ def test_a_stopped_run_of_slots_ends_as_one_that_was_not(runs, vocabulary, texts
         with pytest.raises(Stop):
             train(again, BERT, packed)
     train(again, BERT, packed)
-    assert (again / "metrics.jsonl").read_text() == lines[0]
+    assert (again / "metrics.jsonl").read_text() == (runs / "bert/metrics.jsonl").read_text()
 
 
 def test_infer_asks_each_family_what_it_is_for(runs, tmp_path):
@@ -272,6 +270,15 @@ def test_a_decoders_predictions_are_those_of_each_prompt_alone(vocabulary, tmp_p
     )
     session = Session(GPT, partitioner=harness.one_device())
     params = common.build(GPT)[1]
+    decode = jax.jit(
+        functools.partial(
+            greedy,
+            session.model,
+            max_tokens=5,
+            eos_id=vocabulary.eos_id,
+            pad_id=vocabulary.pad_id,
+        )
+    )
     generate = Generate(name="texts", batches=EvaluationBatches(task, batch_size=4), max_tokens=5)
     output = str(tmp_path / "{name}.jsonl")
     Evaluator(session, [generate]).run(params, {}, predictions=output)
@@ -280,14 +287,7 @@ def test_a_decoders_predictions_are_those_of_each_prompt_alone(vocabulary, tmp_p
         example = task.objective(*task.tokens(pair), rng=np.random.default_rng(0))
         inputs = example.inputs[1:] if example.inputs[0] == example.start_id else example.inputs
         prompt = np.concatenate([[example.start_id], inputs]).astype(np.int32)
-        ids = greedy(
-            session.model,
-            params,
-            pad_left([prompt], len(prompt)),
-            max_tokens=5,
-            eos_id=vocabulary.eos_id,
-            pad_id=vocabulary.pad_id,
-        )
+        ids = decode(params, pad_left([prompt], len(prompt)))
         assert record["prediction"] == vocabulary.decode(ids[0])
 
 
@@ -377,7 +377,11 @@ def lm_batch(config, rows=8):
     return batch
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "bart"])
+@pytest.mark.parametrize(
+    "family",
+    # T5 and its LoRA are in test_step.py; BART's stacks are placed as its.
+    ["bert", "llama", pytest.param("bart", marks=pytest.mark.slow)],
+)
 def test_eight_devices_compute_what_one_does(family):
     config = dataclasses.replace(common.FAMILIES[family], pair_head=None)
     base, batch = harness.host_params(config), lm_batch(config)

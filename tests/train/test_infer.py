@@ -4,6 +4,7 @@ test_family_runs)."""
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import io
 import json
 import shutil
@@ -11,12 +12,15 @@ import sys
 
 import pytest
 
+from t5x_lite.data.vocabularies import ByteVocabulary
 from t5x_lite.decode.sampling import BeamSearch, Greedy
+from t5x_lite.interop import save_hf
+from t5x_lite.interop.hf_tokenizers import save_vocabulary
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import infer
 from t5x_lite.train.opening import open_model
 from t5x_lite.types import InputError
-from tests import folders
+from tests import common, folders
 from tests.train import harness
 
 TEXTS = ("alpha beta", "gamma", "beta delta alpha eps zeta")
@@ -32,10 +36,20 @@ def made(tmp_path_factory):
 
     def make(name):
         if name not in known:
-            known[name] = folders.hugging_face(name, scratch)
+            known[name] = byt5(scratch) if name == "byt5" else folders.hugging_face(name, scratch)
         return str(known[name])
 
     return make
+
+
+def byt5(scratch):
+    """A T5 of bytes, which Hugging Face's directory has no tokenizer's file for."""
+    config = common.with_stacks(common.T5, num_layers=1)
+    config = dataclasses.replace(config, vocab_size=384, embed_dim=8)
+    folder = scratch / "byt5"
+    save_hf(str(folder), *common.build(config), vocabulary=ByteVocabulary())
+    save_vocabulary(str(folder), ByteVocabulary(), config)
+    return folder
 
 
 def ask(model_dir, items, tmp_path, **arguments):
@@ -72,10 +86,18 @@ EVERY = [
     ("llama", "generate"),
     ("llama", "score"),
     ("llama", "embed"),
+    ("llama_classifier", "classify"),
+    ("llama_classifier", "embed"),
     ("t5_1_1", "generate"),
     ("t5_1_1", "infill"),
     ("t5_1_1", "score"),
     ("t5_1_1", "embed"),
+    ("t5_classifier", "classify"),
+    ("t5_classifier", "embed"),
+    ("byt5", "generate"),
+    ("byt5", "infill"),
+    ("byt5", "score"),
+    ("byt5", "embed"),
     ("bart", "generate"),
     ("bart", "infill"),
     ("bart", "score"),
@@ -119,7 +141,9 @@ def test_every_family_in_every_mode(made, tmp_path, name, mode):
             case "score":
                 assert record["log_likelihood"] < 0
                 # An encoder-decoder's target ends with eos; BART's begins with bos, too.
-                expected = {"gpt2": 1, "llama": 1, "t5": 2, "bart": 3}[folders.family(name)]
+                # ByT5's tokens are bytes.
+                expected = {"gpt2": 1, "llama": 1, "t5": 2, "bart": 3, "byt5": 5}
+                expected = expected[folders.family(name)]
                 assert record["tokens"] == expected
             case "embed":
                 assert len(record["embedding"]) == 8
@@ -142,12 +166,22 @@ def test_each_family_has_its_own_mode_by_default(made, tmp_path, monkeypatch):
         raise Stop
 
     monkeypatch.setattr(infer, "_encode", stop)
-    for name in ("bert", "bert_mlm", "bert_tagger", "bert_classifier", "gpt2", "t5_1_1", "bart"):
+    expected = {
+        "bert": "embed",
+        "bert_mlm": "fill_mask",
+        "bert_tagger": "tag",
+        "bert_classifier": "classify",
+        "gpt2": "generate",
+        "llama_classifier": "classify",
+        "t5_1_1": "generate",
+        "byt5": "generate",
+        "t5_classifier": "classify",
+        "bart": "generate",
+    }
+    for name in expected:
         with pytest.raises(Stop):
             ask(made(name), ["alpha"], tmp_path)
-    assert list(found.values()) == [
-        *("embed", "fill_mask", "tag", "classify", "generate", "generate", "generate"),
-    ]
+    assert found == expected
 
 
 @pytest.mark.slow
@@ -268,6 +302,23 @@ MISTAKES = {
         {"mode": "generate"},
         "infer.mode='generate' is not for an encoder alone, which does: fill_mask, embed",
     ),
+    "a wrong mode for a classifier": (
+        "llama_classifier",
+        {"mode": "generate"},
+        "infer.mode='generate' is not for a decoder alone with a SequenceHead, which does: "
+        "classify, embed",
+    ),
+    "tags of an encoder-decoder's classifier": (
+        "t5_classifier",
+        {"mode": "tag"},
+        "'tag' is not for an encoder-decoder with a SequenceHead, which does: classify, embed",
+    ),
+    "infilling without marks for it": (
+        "llama",
+        {"mode": "infill", "items": ["alpha <mask> beta"]},
+        "input 1: infilling with a decoder marks three places with sentinels, but the vocabulary "
+        "has 0: train with FillInTheMiddle",
+    ),
     "a mode of no model": ("gpt2", {"mode": "sing"}, "infer.mode='sing' is not for a decoder"),
     "an empty prompt": ("gpt2", {"items": ["alpha", " "]}, "input 2 is empty: expected a text"),
     "a prompt longer than the model": (
@@ -297,7 +348,11 @@ MISTAKES = {
         {"beams": 2, "top_p": 0.5},
         "infer.beams=2 searches and infer.top_p samples",
     ),
-    "a temperature of 0": ("gpt2", {"temperature": 0.0}, "Sampling.temperature=0.0: expected more"),
+    "a temperature of 0": (
+        "gpt2",
+        {"temperature": 0.0},
+        "Sampling.temperature=0.0: expected 1e-06 or more",
+    ),
     "decoding that the mode has no use for": (
         "bert_mlm",
         {"items": ["<mask>"], "temperature": 0.5},

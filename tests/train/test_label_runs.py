@@ -25,7 +25,7 @@ from t5x_lite.models.config_heads import EmbeddingHead, LMHead, SequenceHead, To
 from t5x_lite.peft.transform import Full
 from t5x_lite.train import checks, convert, initial, loop, losses, offline
 from t5x_lite.train import run as runs
-from t5x_lite.train.evaluate import Evaluator, TeacherForced
+from t5x_lite.train.evaluate import Evaluator, TeacherForced, metric_names
 from t5x_lite.train.label_evaluation import Label
 from t5x_lite.train.optim import AdamW
 from t5x_lite.train.session import Session
@@ -369,6 +369,9 @@ def test_each_kind_is_evaluated(published, tmp_path, kind):
             "value": {"l/pearson"},
         }[kind]
     )
+    assert metric_names(evaluation) == {name.removeprefix("l/") for name in scores}
+    forced = TeacherForced(name="f", batches=evaluation.batches)
+    assert metric_names(forced) == ({"loss"} if kind == "value" else {"loss", "accuracy"})
     written = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
     assert [line["id"] for line in written] == list(range(11))
     for line in written:

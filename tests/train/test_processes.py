@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import xla
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = 11  # with 8 rows a batch: one full batch and one of 3, which one process has to itself
 
@@ -49,7 +51,7 @@ task = Task(
     metrics=[chrf],
 )
 session = Session(harness.MODEL, Full(), Partitioner(data=4))
-host = harness.host_params(harness.MODEL)
+host = common.host_params(harness.MODEL)
 params = jax.tree.map(
     lambda x, struct: jax.make_array_from_callback(x.shape, struct.sharding, lambda i: x[i]),
     host,
@@ -77,8 +79,7 @@ def evaluate(folder: Path, count: int) -> list[dict[str, float]]:
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count} "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": xla.flags(4 // count),
     }
     port = free_port()
     started = [

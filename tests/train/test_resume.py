@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -36,22 +35,6 @@ class Stop(Exception):
 
 def stop():
     raise Stop
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_compilation_for_all_runs(tmp_path_factory):
-    """Each run compiles the same programs; the second reads what the first wrote to disk."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +201,12 @@ def test_another_dtype_or_rematerialisation_does_resume(whole, data_dir, tmp_pat
 
 @pytest.mark.parametrize(
     ("metric", "period", "message"),
-    [("other/loss", 4, "of no evaluation"), ("held/loss", 3, "every 3 steps and 'held' every 4")],
+    [
+        ("other/loss", 4, "of no evaluation"),
+        ("held/loss", 3, "every 3 steps and 'held' every 4"),
+        ("held/chrf", 4, "'held' measures accuracy, bits_per_byte, loss, perplexity, and nothing"),
+        ("held", 4, "nothing called ''"),
+    ],
 )
 def test_the_best_metric_must_be_measured_at_every_checkpoint(
     metric, period, message, data_dir, tmp_path

@@ -162,4 +162,21 @@ class SpanAnswer:
                 f"SpanAnswer needs the field '{self.answers}' with 'text' and 'answer_start', as "
                 f"SQuAD has it; the record has {', '.join(record)}"
             )
-        return list(answers["text"]), [int(start) for start in answers["answer_start"]]
+        texts, starts = (_list(answers[name]) for name in ("text", "answer_start"))
+        good = all(isinstance(text, str) for text in texts) and all(map(_is_place, starts))
+        if not good or len(texts) != len(starts):
+            raise InputError(
+                f"SpanAnswer needs in '{self.answers}' as many texts as characters (from 0) that "
+                f"they start at, but it has 'text' {answers['text']!r} and 'answer_start' "
+                f"{answers['answer_start']!r}"
+            )
+        return texts, [int(start) for start in starts]
+
+
+def _list(value: Any) -> list[Any]:
+    """What a list holds; of anything else, that alone."""
+    return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0

@@ -109,7 +109,11 @@ class Tag:
 
     def truth(self, record: Mapping[str, Any]) -> list[str]:
         """The names of the words' labels."""
-        words, tags = self._words(record), list(record.get(self.tags, ()))
+        words, tags = self._words(record), record.get(self.tags, ())
+        if isinstance(tags, str) or not isinstance(tags, Sequence | np.ndarray):
+            raise InputError(
+                f"Tag needs a list of labels in the field '{self.tags}', but it is {tags!r}"
+            )
         if len(tags) != len(words):
             raise InputError(
                 f"Tag needs a label in the field '{self.tags}' for each of the {len(words)} words "
@@ -129,4 +133,7 @@ class Tag:
                 f"Tag needs a list of words in the field '{self.words}', but the record has "
                 f"{', '.join(record)}"
             )
+        odd = next((word for word in words if not isinstance(word, str)), None)
+        if odd is not None or None in list(words):
+            raise InputError(f"Tag needs texts in the list '{self.words}', but one is {odd!r}")
         return list(words)

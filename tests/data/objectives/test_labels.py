@@ -315,6 +315,45 @@ def test_tags_that_do_not_fit_their_words_are_named():
         )
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("span", {"answers": {"text": "21", "answer_start": [3, 4]}}, "as many texts as char"),
+        ("span", {"answers": {"text": [5], "answer_start": [3]}}, "in 'answers' as many texts"),
+        ("span", {"answers": {"text": ["21"], "answer_start": ["x"]}}, r"'answer_start' \['x'\]"),
+        ("span", {"answers": {"text": ["21"], "answer_start": [-1]}}, r"'answer_start' \[-1\]"),
+        ("span", {"answers": {"text": None, "answer_start": None}}, "'text' None"),
+        ("span", {"answers": ["21"]}, "needs the field 'answers' with 'text'"),
+        ("span", {"question": 3}, "needs the text field 'question'"),
+        ("token", {"tags": None}, "a list of labels in the field 'tags', but it is None"),
+        ("token", {"tags": "O"}, "a list of labels in the field 'tags', but it is 'O'"),
+        ("token", {"tokens": ["15", None], "tags": [0, 1]}, "needs texts in the list 'tokens'"),
+        ("token", {"tokens": ["15", 16], "tags": [0, 1]}, "'tokens', but one is 16"),
+        ("token", {"tags": [0, [1]]}, r"'tags' holds \[1\]"),
+    ],
+)
+def test_malformed_records_are_named_by_number_and_field(tmp_path, kind, changes, message):
+    """Whoever reads them: training, or an evaluation."""
+    objective = {
+        "span": SpanAnswer(vocabulary=BERT, max_question=2),
+        "token": Tag(vocabulary=BERT, labels=KINDS),
+    }[kind]
+    good = {
+        "question": "15",
+        "context": "18 21",
+        "answers": {"text": ["21"], "answer_start": [3]},
+        "tokens": ["15", "16"],
+        "tags": [0, 1],
+    }
+    one = task(objective, 16, 9, [good, good, {**good, **changes}], tmp_path)
+    for batches in (
+        Batches(one, batch_size=4, shuffle=False),
+        EvaluationBatches(one, "train", batch_size=4),
+    ):
+        with pytest.raises(InputError, match=f"record 3: task 't': .*{message}"):
+            batches.batch(0)
+
+
 def test_what_can_not_be_built():
     for labels in ((), ("one",), ("one", "one"), (1, 2)):
         with pytest.raises(InputError, match="expected two or more names"):
