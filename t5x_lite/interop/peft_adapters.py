@@ -17,10 +17,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from t5x_lite import trees
-from t5x_lite.interop import peft_files, peft_ia3, peft_lora
+from t5x_lite.interop import peft_files, peft_ia3, peft_lora, peft_prompts
 from t5x_lite.interop.hf import ARCHITECTURES
 from t5x_lite.interop.name_maps import Architecture
 from t5x_lite.interop.peft_modules import find_modules
+from t5x_lite.models import transformer
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.peft.combining import difference
 from t5x_lite.peft.compose import Compose
@@ -47,8 +48,8 @@ def load_peft(
 ) -> tuple[Transform, Params]:
     """A PEFT adapter as a transform of the model's parameters, and its trainable tree.
 
-    LoRA (rsLoRA and DoRA with it) and IA3, exactly as their configs say; see `peft_lora.load` and
-    `peft_ia3.load`.
+    LoRA (rsLoRA and DoRA with it), IA3, prompts and prefixes, exactly as their configs say; see
+    `peft_lora.load`, `peft_ia3.load` and `peft_prompts.load_prompt`.
 
     Args:
       directory: with `adapter_config.json` and `adapter_model.safetensors`.
@@ -61,11 +62,16 @@ def load_peft(
     """
     settings = peft_files.read_config(directory)
     kind = settings.get("peft_type")
+    if kind in peft_prompts.KINDS:
+        tensors = peft_files.read_weights(directory)
+        transform, tree = peft_prompts.load_prompt(directory, settings, tensors, model)
+        names = trees.flatten(transformer.axes(model), is_leaf=lambda leaf: isinstance(leaf, tuple))
+        return transform, _placed(transform, trees.flatten(tree), names, partitioner)
     if kind not in _LOADED:
         raise InputError(
             f"'{directory}' is an adapter with peft_type={kind!r}: expected one of "
-            f"{', '.join(_LOADED)}. Merge it with PEFT (merge_and_unload), save the model, and "
-            "load that"
+            f"{', '.join((*_LOADED, *peft_prompts.KINDS))}. Merge it with PEFT (merge_and_unload), "
+            "save the model, and load that"
         )
     reader = _LOADED[kind]
     peft_files.check_settings(directory, settings, reader.EXPECTED, kind)
@@ -94,7 +100,7 @@ def save_peft(
     Args:
       directory: made if need be.
       model: the model that was tuned.
-      transform, trainable: a LoRA, DoRA or IA3 and its trainable tree.
+      transform, trainable: one of those that `load_peft` gives, and its trainable tree.
       base: what PEFT shall take for the base model: a folder or a name on the hub.
       params: the base's parameters, before it was split; PiSSA alone needs them.
       architectures: as for `load_hf`.
@@ -103,10 +109,14 @@ def save_peft(
     the architecture's (embeddings).
     """
     transform, trainable = _alone(transform, trainable)
+    if isinstance(transform, peft_prompts.TRANSFORMS):
+        peft_prompts.save_prompt(directory, model, transform, trainable, base=base)
+        return
     writer = next((own for kind, own in _SAVED if isinstance(transform, kind)), None)
     if writer is None:
         raise InputError(
-            f"PEFT knows no {type(transform).__name__} of ours: expected a LoRA, DoRA or IA3"
+            f"PEFT knows no {type(transform).__name__} of ours: expected a LoRA, DoRA, IA3, "
+            "PromptTuning or PrefixTuning"
         )
     modules = find_modules(model.config, architectures)
     if isinstance(transform, LoRA) and transform.init == "pissa":

@@ -132,11 +132,11 @@ class Quantise(Transform):
 
     def _check_same(self, path: str, node: QuantisedWeight, wanted: bool) -> None:
         """Raises InputError unless a weight that comes quantised is as this transform makes it."""
-        found = node.kind, node.block, node.groups is not None
-        block = node.shares_all and node.block if self._block is None else self._block
-        if wanted and found == (self.kind, block, self.double_quantisation):
+        block = None if node.shares_all and self._block is None else node.block
+        found = node.kind, block, node.groups is not None
+        if wanted and found == (self.kind, self._block, self.double_quantisation):
             return
-        double = " with double quantisation" if found[2] else ""
+        double = " with double quantisation" if node.groups is not None else ""
         asks = f"asks for {self}" if wanted else "leaves it as it is"
         raise InputError(
             f"the base's '{path}' is quantised already, as {node.kind} in blocks of {node.block}"

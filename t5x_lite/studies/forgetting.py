@@ -151,10 +151,7 @@ def measure_base(
     if zero_shot is not None:
         asked = zero_shot.ask(open_model(base.model_dir, partitioner=recipe.partitioner))
         found |= {f"{ZERO_SHOT}/{name}": value for name, value in asked.items()}
-    os.makedirs(output, exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump({"settings": shown, "scores": found}, file, indent=1)
-    os.replace(path + ".tmp", path)
+    pages.write_json(path, {"settings": shown, "scores": found})
     return found
 
 
@@ -342,9 +339,7 @@ def _write(
             {**dataclasses.asdict(one.trial), "scores": one.scores, **one.more} for one in found
         ],
     }
-    with open(os.path.join(output, "forgetting.json"), "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
+    pages.write_json(os.path.join(output, "forgetting.json"), record)
     made.show(console)
     console.print(note)
     console.print(f"Written: {', '.join(paths)}, forgetting.json", soft_wrap=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import io
+import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -76,6 +78,23 @@ def write(
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
     return paths
+
+
+def write_json(path: str, record: Any) -> None:
+    """Writes numbers, texts, lists and dicts; what is not a number (no interval) is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(plain(record), file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+    os.replace(path + ".tmp", path)
 
 
 def _svg(figure: Any) -> str:

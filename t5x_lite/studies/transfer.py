@@ -9,7 +9,6 @@ arXiv:2102.01293, call the distance between them the data that transfer is worth
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -212,9 +211,7 @@ def _write(
     paths = pages.write(
         output, "transfer", title=title, figure=plot(points, metric, title), tables=made, note=note
     )
-    with open(os.path.join(output, "transfer.json"), "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
+    pages.write_json(os.path.join(output, "transfer.json"), record)
     for table in made:
         table.show(console)
     console.print(note)

@@ -71,7 +71,7 @@ def convert(
       output: a folder that is not there yet, or empty.
       to: "run": what train (as train.initial), infer and eval start from. "hf": for transformers,
         adapters merged. "adapter": what a run trained, alone, to be handed on; of any transform.
-        "peft": the same of a LoRA, DoRA or IA3.
+        "peft": the same, of a kind that PEFT has.
       base: the model that an adapter belongs to: a run's folder, or Hugging Face's. For to="peft":
         what PEFT shall take for the base model.
       vocabulary: of the new run; None: that of the tokenizer's file in `source`.

@@ -16,6 +16,7 @@ from t5x_lite.models.transformer import dummy_batch
 from t5x_lite.peft.combining import Linear, Method, combine, difference
 from t5x_lite.peft.compose import Compose
 from t5x_lite.peft.lora import LoRA
+from t5x_lite.peft.quantise import find_quantise
 from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train.adapters import Attached, Base, attach, save_adapter
@@ -157,7 +158,9 @@ def _combined(names: list[str], base: Base, weights: tuple[float, ...], method: 
         )
     found = [attach(name, base) for name in names]
     parts = [_low_rank(one, name) for one, name in zip(found, names, strict=True)]
-    transform, tree = combine(parts, weights, method)
+    lora, tree = combine(parts, weights, method)
+    quantise = find_quantise(found[0].session.transform)
+    transform = lora if quantise is None else Compose((lora, quantise))
     session = dataclasses.replace(found[0].session, transform=transform)
     params = found[0].params
     adapter = dataclasses.replace(

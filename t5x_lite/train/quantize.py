@@ -17,7 +17,7 @@ from t5x_lite.interop import hf_words, load_hf
 from t5x_lite.interop.hf_tokenizers import find_vocabulary
 from t5x_lite.peft.quantise import Quantise, Stored
 from t5x_lite.sharding import Partitioner
-from t5x_lite.train import probe
+from t5x_lite.train import logits
 from t5x_lite.train import run as runs
 from t5x_lite.train.checkpoint import Checkpointer, find_step
 from t5x_lite.train.convert import format_of, save_run
@@ -31,7 +31,8 @@ class Sizes:
 
     disk: tuple[int, int]
     memory: tuple[int, int]
-    change: probe.LogitChange
+    part: tuple[int, int]  # in memory, of what was quantised
+    change: logits.LogitChange
 
 
 def quantize(
@@ -74,17 +75,18 @@ def quantize(
     run, params, disk = _read(source, origin, step, vocabulary, partitioner)
     session = Session(run.model, Stored(quantise), partitioner, run.seed)
     stored = session.split(params)[0]
-    before = probe.answers(session.model, params, partitioner)
+    before = logits.answers(session.model, params, partitioner)
     memory = trees.nbytes(params), trees.nbytes(stored)
+    part = _nbytes_of_targets(params, stored)
     del params
-    after = probe.answers(session.model, session.transform.apply(stored, {}), partitioner)
+    after = logits.answers(session.model, session.transform.apply(stored, {}), partitioner)
     save_run(output, dataclasses.replace(run, transform=session.transform), stored, {}, 0)
     checkpointer = Checkpointer(output)
     try:
         now = checkpointer.nbytes(0)["params"]
     finally:
         checkpointer.close()
-    sizes = Sizes((disk, now), memory, probe.logit_change(before, after))
+    sizes = Sizes((disk, now), memory, part, logits.logit_change(before, after))
     if jax.process_index() == 0:
         _print(output, quantise, sizes)
     return sizes
@@ -136,11 +138,20 @@ def _read(
     return run, params, disk
 
 
+def _nbytes_of_targets(params: Params, stored: Params) -> tuple[int, int]:
+    """Bytes of what was quantised, before and after."""
+    before, after = trees.flatten(params), trees.flatten(stored)
+    gone = {path: leaf for path, leaf in before.items() if path not in after}
+    codes = {path: leaf for path, leaf in after.items() if path not in before}
+    return trees.nbytes(gone), trees.nbytes(codes)
+
+
 def _print(output: str, quantise: Quantise, sizes: Sizes) -> None:
     table = Table(title=f"{output}: {quantise.kind}")
     for column in ("bytes", "before", "after", "share"):
         table.add_column(column, justify="left" if column == "bytes" else "right")
-    for name, (before, after) in (("on disk", sizes.disk), ("in memory", sizes.memory)):
+    rows = ("on disk", sizes.disk), ("in memory", sizes.memory), ("of what is coded", sizes.part)
+    for name, (before, after) in rows:
         table.add_row(name, f"{before:,}", f"{after:,}", f"{after / max(before, 1):.1%}")
     console = Console()
     console.print(table)

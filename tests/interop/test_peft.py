@@ -210,7 +210,7 @@ KEY = "base_model.model.encoder.block.1.layer.0.SelfAttention.q.lora_{}.weight"
     [
         ({"use_dora": True}, "SelfAttention.q' lacks its lora_magnitude_vector"),
         ({"use_qalora": True}, "use_qalora=True"),
-        ({"peft_type": "LOHA"}, "peft_type='LOHA': expected one of LORA, IA3"),
+        ({"peft_type": "LOHA"}, "peft_type='LOHA': expected one of LORA, IA3, PROMPT"),
         ({"peft_type": "IA3"}, "weight' (3, 16) is no ia3_l of a linear module"),
         ({"modules_to_save": ["classifier"]}, "modules_to_save=['classifier']"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),

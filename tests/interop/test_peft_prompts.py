@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from t5x_lite import trees
 from t5x_lite.interop import load_hf
 from t5x_lite.interop.peft_prompts import load_prompt, save_prompt
 from t5x_lite.models import transformer
@@ -57,8 +56,9 @@ def test_logits_are_pefts(models, name):
         found, expected = found[real], expected[real]
     np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
     # What training makes of the transform has the same leaves.
-    fresh, _ = transform.split(params, transformer.axes(model), jax.random.key(0))
-    assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, trainable)
+    names = transformer.axes(model)
+    fresh = jax.eval_shape(lambda base: transform.split(base, names, jax.random.key(0)), params)[0]
+    assert jax.tree.map(lambda x: x.shape, fresh) == jax.tree.map(np.shape, trainable)
 
 
 @pytest.mark.parametrize("name", make.NAMES)
@@ -97,9 +97,11 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
     with pytest.raises(InputError, match="holds prompt_embeddings, score: of a PROMPT_TUNING"):
         load_prompt("here", settings, {**tensors, "score": np.zeros(3)}, t5)
     everywhere = PrefixTuning(length=2, targets=(".*/self_attention/(key|value)/kernel",))
-    shapes = trees.flatten(transformer.shapes(t5))
-    base = trees.unflatten({path: np.zeros(x.shape) for path, x in shapes.items()})
-    trainable, _ = everywhere.split(base, transformer.axes(t5), jax.random.key(0))
+    names = transformer.axes(t5)
+    shapes = jax.eval_shape(
+        lambda base: everywhere.split(base, names, jax.random.key(0)), transformer.shapes(t5)
+    )[0]
+    trainable = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
     with pytest.raises(InputError, match="no place for encoder/layers/self_attention/key"):
         save_prompt(str(tmp_path), t5, everywhere, trainable)
     with pytest.raises(InputError, match="Full is no prompt"):

@@ -63,7 +63,11 @@ def test_ten_steps_move_no_code_and_are_the_same_on_eight_devices(monkeypatch):
     np.testing.assert_allclose(eight, losses[:3], rtol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"unroll": 2}, {"remat": "dots"}], ids=["unrolled", "dots"])
+@pytest.mark.parametrize(
+    "change",
+    [{"unroll": 2}, pytest.param({"remat": "dots"}, marks=pytest.mark.slow)],
+    ids=["unrolled", "dots"],
+)
 def test_scanned_is_unrolled_is_rematerialised(change, monkeypatch):
     monkeypatch.setattr(quantised, "TILE", 256)
     changed = trained(common.with_stacks(GPT, **change), GPT, INT8, False, 2)[2]

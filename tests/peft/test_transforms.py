@@ -28,6 +28,7 @@ from t5x_lite.peft.prompt import PromptTuning
 from t5x_lite.peft.quantise import Quantise
 from t5x_lite.peft.transform import BitFit, Freeze, Full
 from t5x_lite.sharding import Partitioner
+from t5x_lite.train import run
 from t5x_lite.train.checkpoint import Checkpointer
 from t5x_lite.train.optim import AdamW
 from t5x_lite.train.session import Session
@@ -291,6 +292,7 @@ def test_every_public_method_has_a_row():
     tried = {type(method.transform) for method in METHODS.values()}
     tried.add(Quantise)  # trains nothing: test_quantise_training
     assert public == tried
+    assert public <= {*run.CLASSES}  # or a run could not be opened again
 
 
 def _is_transform(item, kind):

@@ -8,7 +8,7 @@ from tests import pages
 
 QUICK = "--gin.FactorSchedule.warmup_steps=0"
 CASES = f"""
-    {pages.train_for(2)}
+    {pages.train_for(2, QUICK)}
     scripts/study_forgetting.py*) "$PYTHON" "$@" {QUICK} --gin.STEPS=2 --gin.PERIOD=1 \\
       --gin.SEEDS='(0,)' --gin.METHODS="{{'full': @full/Method(), 'IA3': @ia3/Method()}}" \\
       --gin.Cloze.questions=20 --gin.test/Generate.max_tokens=4 \\

@@ -19,6 +19,9 @@ from t5x_lite.peft.combining import Concatenation, Ties
 from t5x_lite.peft.compose import Compose
 from t5x_lite.peft.ia3 import IA3
 from t5x_lite.peft.lora import DoRA, LoRA
+from t5x_lite.peft.prefix import PrefixTuning
+from t5x_lite.peft.prompt import PromptTuning
+from t5x_lite.peft.quantise import Quantise
 from t5x_lite.peft.transform import BitFit, Freeze, Full
 from t5x_lite.train import run as runs
 from t5x_lite.train.adapters import Adapter, Base, attach, read_adapter, save_adapter
@@ -38,6 +41,9 @@ TRANSFORMS = {
     "ia3": IA3(),
     "bottleneck": Bottleneck(size=3),
     "biases": BitFit(),
+    "prompt": PromptTuning(length=3),
+    "prefix": PrefixTuning(length=3),
+    "quantised": Compose((LoRA(rank=1), Quantise(kind="int8"))),
     "composed": Compose((LoRA(rank=1), IA3(outputs=()), Freeze((".*_norm/scale",)))),
 }
 

@@ -26,6 +26,7 @@ from tests.train import harness
 BOTH = Compose((PromptTuning(length=4), PrefixTuning(length=3)))
 
 
+@pytest.mark.slow
 def test_a_run_trains_evaluates_and_opens(tmp_path):
     run = harness.tiny_run(tmp_path / "run", tmp_path, transform=BOTH, total_steps=2)
     packed = dataclasses.replace(run["batches"], assembly=Pack(window=4, rows=4))

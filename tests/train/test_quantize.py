@@ -16,7 +16,7 @@ from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.quantise import Quantise
 from t5x_lite.peft.quantised import QuantisedWeight
 from t5x_lite.peft.transform import Freeze, Full
-from t5x_lite.train import loop, probe
+from t5x_lite.train import logits, loop
 from t5x_lite.train import run as runs
 from t5x_lite.train.convert import save_run
 from t5x_lite.train.opening import open_model
@@ -55,9 +55,9 @@ def test_a_folder_is_smaller_and_answers_alike(folders):
     nodes = {path for path, leaf in flat.items() if isinstance(leaf, QuantisedWeight)}
     assert len(nodes) == 3 * 4 + 2 * 3
     whole = open_model(str(root / "base"), partitioner=HERE)
-    change = probe.logit_change(
-        probe.answers(whole.model, whole.params, HERE),
-        probe.answers(loaded.model, loaded.params, HERE),
+    change = logits.logit_change(
+        logits.answers(whole.model, whole.params, HERE),
+        logits.answers(loaded.model, loaded.params, HERE),
     )
     assert change == sizes.change
     assert 0 < change.root_mean_square < 0.5 * change.spread
@@ -102,6 +102,7 @@ def test_a_tuned_run_opens_by_itself_and_as_an_adapter(folders, tuned):
         open_model(str(root / "base"), adapter=str(root / "nf4"), partitioner=HERE)
 
 
+@pytest.mark.slow
 def test_a_quantised_folder_merges_to_plain_arrays(folders, tuned):
     root, _ = folders
     merged = runs.load_params(runs.RunCheckpoint(str(root / "tuned")), harness.MODEL, HERE)
@@ -159,5 +160,5 @@ def test_quantize_says_what_it_cannot_do(folders, tmp_path):
 
 def test_a_run_record_holds_its_transform():
     record = runs.to_record(Compose((LoRA(), NF4)))
-    assert runs.from_record(record, runs._CLASSES) == Compose((LoRA(), NF4))
+    assert runs.from_record(record, runs.CLASSES) == Compose((LoRA(), NF4))
     assert dataclasses.replace(NF4, kind="int8") != NF4
