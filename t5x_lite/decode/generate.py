@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from t5x_lite import types
 from t5x_lite.decode import beam, sampling
 from t5x_lite.decode.sampling import BeamSearch, Greedy, Sampling, Strategy
-from t5x_lite.models.cache import Cache
+from t5x_lite.models.cache import Cache, CacheDtype
 from t5x_lite.models.transformer import Transformer, for_decoding
 from t5x_lite.types import Array, Batch, InputError, Params
 
@@ -32,6 +32,8 @@ def generate(
     pad_id: int,
     start_id: int | None = None,
     rng: Array | None = None,
+    cache_dtype: CacheDtype | None = None,
+    window: int | None = None,
 ) -> Array:
     """New tokens, again and again, until every row has ended.
 
@@ -51,6 +53,7 @@ def generate(
       pad_id: follows eos.
       start_id: see `batch`; None: `pad_id`, as T5.
       rng: for Sampling: a key, of which each row gets its own by its number; or keys `[b]`.
+      cache_dtype, window: see `Transformer.prefill`. Beams have no window.
 
     Returns:
       int32 `[b, n]`: tokens up to and with eos, then `pad_id`.
@@ -68,11 +71,15 @@ def generate(
             eos_id=eos_id,
             pad_id=pad_id,
             start_id=start_id,
+            cache_dtype=cache_dtype,
+            window=window,
         )
         return found.tokens[:, 0]
     if isinstance(strategy, Sampling) and rng is None:
         raise InputError("generate draws tokens for Sampling: give it `rng`, a jax.random.key")
-    logits, cache, seen = _prefill(model, params, batch, strategy, max_tokens, pad_id, start_id)
+    logits, cache, seen = _prefill(
+        model, params, batch, strategy, max_tokens, pad_id, start_id, cache_dtype, window
+    )
     rows = logits.shape[0]
     params = for_decoding(params)
     keys = None if rng is None else sampling.row_keys(rng, rows)
@@ -113,9 +120,18 @@ def search_beams(
     eos_id: int | tuple[int, ...],
     pad_id: int,
     start_id: int | None = None,
+    cache_dtype: CacheDtype | None = None,
+    window: int | None = None,
 ) -> beam.Beams:
     """All beams with their scores, the best first; arguments as `generate`'s."""
-    logits, cache, seen = _prefill(model, params, batch, strategy, max_tokens, pad_id, start_id)
+    if window is not None:
+        raise InputError(
+            f"generate.window={window} is for Greedy and Sampling: beams go on from places that a "
+            "rolling cache writes over"
+        )
+    logits, cache, seen = _prefill(
+        model, params, batch, strategy, max_tokens, pad_id, start_id, cache_dtype, None
+    )
     params = for_decoding(params)
     return beam.search(
         functools.partial(_extend, model, params),
@@ -137,6 +153,8 @@ def _prefill(
     max_tokens: int,
     pad_id: int,
     start_id: int | None,
+    cache_dtype: CacheDtype | None,
+    window: int | None,
 ) -> tuple[Array, Cache, Array | None]:
     """Logits `[b, v]` of the first new token, the cache, and the tokens seen where they count."""
     if model.config.decoder is None:
@@ -154,7 +172,13 @@ def _prefill(
     branches = strategy.beams if isinstance(strategy, BeamSearch) else 1
     capacity = prompt + max_tokens - 1  # the last token is never fed
     logits, cache = model.apply(
-        {"params": params}, batch, capacity, branches=branches, method="prefill"
+        {"params": params},
+        batch,
+        capacity,
+        cache_dtype=cache_dtype,
+        window=window,
+        branches=branches,
+        method="prefill",
     )
     seen = None
     if sampling.counts_repetitions(strategy):

@@ -18,6 +18,7 @@ from t5x_lite.decode import modes
 from t5x_lite.decode.asking import Prompt
 from t5x_lite.decode.modes.asker import Asker
 from t5x_lite.decode.sampling import BeamSearch, Sampling, Strategy
+from t5x_lite.models.cache import CacheDtype
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import asked
 from t5x_lite.train.opening import open_model
@@ -37,6 +38,8 @@ def infer(
     top_k: int | None = None,
     top_p: float | None = None,
     beams: int | None = None,
+    cache_dtype: CacheDtype | None = None,
+    window: int | None = None,
     stop: str | Sequence[str] = (),
     seed: int = 0,
     prompt: Prompt | None = None,
@@ -70,6 +73,10 @@ def infer(
         without any is Greedy().
       temperature, top_k, top_p: sample, within these limits.
       beams: search over so many beams.
+      cache_dtype: "bfloat16" or "int8": keys and values take half or a quarter of the memory; None:
+        the compute dtype's.
+      window: what is written sees so many tokens back, itself included, and the cache holds no
+        more; None: all.
       stop: texts of which the first one that is generated ends the answer, and is left out.
       seed: of sampling; an input's answer depends on it and the input's number alone.
       prompt: how a decoder alone is asked: "continue", "wrapped" (inputs end with eos) or "prefix"
@@ -104,6 +111,8 @@ def infer(
         candidates=candidates,
         prefix=prefix,
         strategy=chosen,
+        cache_dtype=cache_dtype,
+        window=window,
         seed=seed,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         prompt=prompt,
@@ -128,11 +137,11 @@ def infer(
     ):
         task = progress.add_task(made.name, total=len(rows))
         remaining = zip(items, rows, strict=True)
-        for window in asker.answers(rows, done):
-            for answer, (item, row) in zip(window, remaining, strict=False):
+        for answers in asker.answers(rows, done):
+            for answer, (item, row) in zip(answers, remaining, strict=False):
                 _write(file, item, made.record(item, row, answer))
             file.flush()
-            progress.advance(task, len(window))
+            progress.advance(task, len(answers))
     return len(items)
 
 

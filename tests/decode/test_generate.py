@@ -169,6 +169,25 @@ def test_beams_on_eight_devices_are_those_of_one():
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
 
 
+def test_the_cache_is_of_the_type_and_size_asked_for():
+    """By shapes alone: what such a cache computes is in tests/models/test_cache.py."""
+    model, params = writer()
+    heads = model.config.decoder.num_kv_heads, model.config.decoder.head_dim
+
+    def shapes(**settings):
+        write = functools.partial(
+            generate, model, max_tokens=NEW, eos_id=EOS, pad_id=PAD, **settings
+        )
+        return str(jax.make_jaxpr(write)(params, prompts()))
+
+    whole, small = (f"[4,{heads[0]},{places},{heads[1]}]" for places in (6 + NEW - 1, 3))
+    assert f"f32{whole}" in shapes()
+    assert f"i8{whole}" in shapes(cache_dtype="int8")
+    assert f"bf16{whole}" in shapes(cache_dtype="bfloat16", strategy=BeamSearch(1))
+    assert f"f32{small}" in shapes(window=3)
+    assert whole not in shapes(window=3)
+
+
 def test_what_cannot_be_generated():
     model, params = writer()
     options = {"max_tokens": NEW, "eos_id": EOS, "pad_id": PAD}
@@ -176,6 +195,8 @@ def test_what_cannot_be_generated():
         generate(model, params, prompts(), strategy=Sampling(), **options)
     with pytest.raises(InputError, match="max_tokens=0: expected at least 1"):
         generate(model, params, prompts(), **{**options, "max_tokens": 0})
+    with pytest.raises(InputError, match="window=3 is for Greedy and Sampling"):
+        generate(model, params, prompts(), strategy=BeamSearch(2), window=3, **options)
     encoder = transformer.Transformer(common.BERT)
     with pytest.raises(InputError, match="a model with a decoder"):
         generate(encoder, {}, prompts(), **options)

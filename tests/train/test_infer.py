@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from t5x_lite.data.vocabularies import ByteVocabulary
+from t5x_lite.decode.modes import text
 from t5x_lite.decode.sampling import BeamSearch, Greedy
 from t5x_lite.interop import save_hf
 from t5x_lite.interop.hf_tokenizers import save_vocabulary
@@ -247,6 +248,20 @@ def test_eight_devices_answer_as_one_does(made, tmp_path):
             assert first.get("embedding") == pytest.approx(second.get("embedding"), abs=1e-5)
 
 
+def test_the_cache_is_as_asked_for(made, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def generate(*_, cache_dtype, window, **rest):
+        raise Stop(cache_dtype, window)
+
+    monkeypatch.setattr(text, "generate", generate)
+    for name, settings in (("gpt2", ("int8", 3)), ("t5_1_1", ("bfloat16", None))):
+        with pytest.raises(Stop) as found:
+            ask(made(name), ["alpha"], tmp_path, cache_dtype=settings[0], window=settings[1])
+        assert found.value.args == settings
+
+
 @pytest.mark.slow
 def test_beams_and_stops(made, tmp_path):
     arguments = {"max_tokens": 4, "max_input_tokens": 8}
@@ -347,6 +362,14 @@ MISTAKES = {
         "gpt2",
         {"beams": 2, "top_p": 0.5},
         "infer.beams=2 searches and infer.top_p samples",
+    ),
+    "a cache of no type": ("gpt2", {"cache_dtype": "int4"}, "infer.cache_dtype='int4': expected"),
+    "a window of nothing": ("gpt2", {"window": 0}, "infer.window=0: expected at least 1"),
+    "a window for beams": ("gpt2", {"window": 3, "beams": 2}, "window=3 is for Greedy and Samp"),
+    "a cache for what writes nothing": (
+        "bert_mlm",
+        {"items": ["<mask>"], "cache_dtype": "int8"},
+        "infer.cache_dtype='int8' is not for mode 'fill_mask'",
     ),
     "a temperature of 0": (
         "gpt2",

@@ -19,7 +19,8 @@ from t5x_lite.data.objectives.base import wrap
 from t5x_lite.decode.asking import Prompt
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.decode.prompts import pad_right
-from t5x_lite.decode.sampling import Strategy
+from t5x_lite.decode.sampling import BeamSearch, Strategy
+from t5x_lite.models.cache import DTYPES, CacheDtype
 from t5x_lite.models.config_heads import POOLINGS
 from t5x_lite.types import Array, Batch, InputError, Params
 
@@ -39,6 +40,8 @@ class Options:
     pooling: Literal["first", "last", "mean"] | None = None  # None: the head's, or the mean
     strategy: Strategy | None = None  # of what is generated; None: greedy
     seed: int = 0  # of what is drawn
+    cache_dtype: CacheDtype | None = None  # of keys and values; None: as computed
+    window: int | None = None  # tokens back that each one sees, where text is written; None: all
     stop: tuple[str, ...] = ()  # texts that end what is generated, themselves left out
 
     def __post_init__(self) -> None:
@@ -49,6 +52,16 @@ class Options:
         if self.pooling is not None and self.pooling not in POOLINGS:
             raise InputError(
                 f"infer.pooling='{self.pooling}': expected one of {', '.join(POOLINGS)}"
+            )
+        if self.cache_dtype is not None and self.cache_dtype not in DTYPES:
+            raise InputError(
+                f"infer.cache_dtype='{self.cache_dtype}': expected one of {', '.join(DTYPES)}"
+            )
+        if self.window is not None and self.window < 1:
+            raise InputError(f"infer.window={self.window}: expected at least 1, or None")
+        if self.window is not None and isinstance(self.strategy, BeamSearch):
+            raise InputError(
+                f"infer.window={self.window} is for Greedy and Sampling, not for beams"
             )
         if not all(self.stop):
             raise InputError("infer.stop has an empty text, which would end everything")

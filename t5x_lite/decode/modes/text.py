@@ -20,13 +20,17 @@ from t5x_lite.decode.stopping import cut_at
 from t5x_lite.types import Array, Batch, InputError, Params
 
 _UL2 = ("R", "S", "X")
+WRITING = ("strategy", "cache_dtype", "window")  # options of how tokens are made
 
 
 class Generate(Mode):
     """An encoder-decoder answers the text; a decoder alone goes on from it, or answers it."""
 
     name: ClassVar[str] = "generate"
-    takes: ClassVar[tuple[str, ...]] = ("prefix", "prompt", "mode_token", "strategy", "stop")
+    takes: ClassVar[tuple[str, ...]] = (
+        *("prefix", "prompt", "mode_token", "stop"),
+        *WRITING,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +108,8 @@ class Generate(Mode):
             pad_id=vocabulary.pad_id,
             start_id=vocabulary.start_id,
             rng=keys if isinstance(options.strategy, Sampling) else None,
+            cache_dtype=options.cache_dtype,
+            window=options.window,
         )
 
     def record(self, item: Item, row: Row, answer: Any) -> dict[str, Any]:
@@ -118,7 +124,7 @@ class Rewrite(Generate):
     """A model trained as BART reads masks in the gaps, and writes the text anew."""
 
     name: ClassVar[str] = "infill"
-    takes: ClassVar[tuple[str, ...]] = ("prefix", "prompt", "strategy")
+    takes: ClassVar[tuple[str, ...]] = ("prefix", "prompt", *WRITING)
 
     def encode(self, item: Item) -> Row:
         vocabulary = self.loaded.vocabulary
@@ -135,7 +141,7 @@ class FillSentinels(Generate):
     """A model trained by span corruption writes each gap's contents behind its sentinel."""
 
     name: ClassVar[str] = "infill"
-    takes: ClassVar[tuple[str, ...]] = ("prefix", "prompt", "mode_token", "strategy")
+    takes: ClassVar[tuple[str, ...]] = ("prefix", "prompt", "mode_token", *WRITING)
 
     def encode(self, item: Item) -> Row:
         vocabulary = self.loaded.vocabulary
@@ -154,7 +160,7 @@ class FillGap(Generate):
     """A decoder trained to fill in the middle writes what belongs at the one `<mask>`."""
 
     name: ClassVar[str] = "infill"
-    takes: ClassVar[tuple[str, ...]] = ("prefix", "strategy", "stop")
+    takes: ClassVar[tuple[str, ...]] = ("prefix", "stop", *WRITING)
 
     def encode(self, item: Item) -> Row:
         vocabulary = self.loaded.vocabulary
