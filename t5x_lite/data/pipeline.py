@@ -2,7 +2,7 @@
 
 Row r of the whole run is row `r % R` of window `r // R`, a window being the fixed number of
 examples that an assembly turns into R rows; example e of the run is example `before` of the task
-that `tasks.assign` names; and its noise comes from the generator of (seed, e). So batch(step) needs
+that `rates.assign` names; and its noise comes from the generator of (seed, e). So batch(step) needs
 nothing from the batches before it, any slice of its rows can be had by any process, and the data
 state of a run is one integer. What is cached could be made again.
 """
@@ -21,7 +21,8 @@ from absl import flags
 from t5x_lite.data.examples import Cache, TrainingExamples, derived_seed, keyed_rng
 from t5x_lite.data.objectives.base import as_text
 from t5x_lite.data.packing import Assembly, Pad, Window
-from t5x_lite.data.tasks import Mixture, Task, assign
+from t5x_lite.data.rates import assign
+from t5x_lite.data.tasks import Mixture, Task
 from t5x_lite.types import InputError, check_batch
 
 Arrays = dict[str, np.ndarray]

@@ -10,17 +10,9 @@ import pytest
 from t5x_lite.data.layouts import as_encoder_decoder, layout
 from t5x_lite.data.objectives import SpanCorruption, TextToText
 from t5x_lite.data.preprocessors import Prefix, Rename
+from t5x_lite.data.rates import Capped, Proportional, Temperature, assign, whole_ratio
 from t5x_lite.data.sources import TextSource
-from t5x_lite.data.tasks import (
-    Capped,
-    Chunks,
-    Mixture,
-    Proportional,
-    Task,
-    Temperature,
-    assign,
-    whole_ratio,
-)
+from t5x_lite.data.tasks import Chunks, Mixture, Task
 from t5x_lite.data.text_formats import TextSquad
 from t5x_lite.data.vocabularies import ByteVocabulary
 from t5x_lite.types import InputError
