@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from t5x_lite import trees
 from t5x_lite.interop import peft_files, peft_ia3, peft_lora, peft_prompts
@@ -128,7 +127,7 @@ def save_peft(
         transform, trainable = difference(
             transform, trainable, params, trees.unflatten(modules.names)
         )
-    flat = {path: _fetch(leaf) for path, leaf in trees.flatten(trainable).items()}
+    flat = {path: peft_files.fetch(leaf) for path, leaf in trees.flatten(trainable).items()}
     settings, tensors = writer.save(transform, flat, modules)
     named = {
         "peft_type": settings.pop("peft_type"),
@@ -169,9 +168,3 @@ def _placed(
         tree,
         shardings,
     )
-
-
-def _fetch(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf, np.float32)

@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.flax
 import safetensors.numpy
 from absl import logging
+from jax.experimental import multihost_utils
 
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.config_heads import LMHead, SequenceHead, TokenHead
@@ -134,8 +135,15 @@ def homeless(model_type: str, paths: Sequence[str], knob: str) -> NoReturn:
     )
 
 
+def fetch(leaf: Any) -> np.ndarray:
+    """A leaf as a float32 array of this process, gathered if others hold parts of it."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf, np.float32)
+
+
 def task(config: ModelConfig) -> str | None:
-    """PEFT's name of what the model's class is for."""
+    """PEFT's name of what the model's class is for; None: it has none."""
     match config.head:
         case LMHead() if config.decoder is not None:
             return "CAUSAL_LM" if config.encoder is None else "SEQ_2_SEQ_LM"

@@ -8,19 +8,14 @@ layer i reads slots 4i and 4i + 1, modulo 2n. So layers share slots where n is e
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from typing import Any, Final
 
-import jax
 import numpy as np
-import safetensors.numpy
-from jax.experimental import multihost_utils
 
 from t5x_lite import trees
+from t5x_lite.interop import peft_files
 from t5x_lite.models.config import ModelConfig
-from t5x_lite.models.config_heads import LMHead, SequenceHead, TokenHead
 from t5x_lite.models.transformer import Transformer
 from t5x_lite.peft.prefix import PrefixTuning
 from t5x_lite.peft.prompt import PATH, PromptTuning
@@ -107,7 +102,7 @@ def save_prompt(
 
     Raises InputError for another transform, and for prefixes that PEFT has no place for.
     """
-    flat = {path: _fetch(leaf) for path, leaf in trees.flatten(trainable).items()}
+    flat = {path: peft_files.fetch(leaf) for path, leaf in trees.flatten(trainable).items()}
     config = model.config
     copies = 2 if config.encoder is not None and config.decoder is not None else 1
     sizes: dict[str, Any]
@@ -140,7 +135,7 @@ def save_prompt(
         raise InputError(f"{type(transform).__name__} is no prompt or prefix")
     settings = {
         "peft_type": kind,
-        "task_type": _task(config),
+        "task_type": peft_files.task(config) or "FEATURE_EXTRACTION",
         "base_model_name_or_path": base,
         "num_virtual_tokens": length,
         "num_transformer_submodules": copies,
@@ -148,14 +143,7 @@ def save_prompt(
         "modules_to_save": None,
         "inference_mode": True,
     }
-    if jax.process_index() != 0:
-        return
-    os.makedirs(directory, exist_ok=True)
-    path = os.path.join(directory, "adapter_model.safetensors")
-    safetensors.numpy.save_file({_TENSOR: np.ascontiguousarray(tensor)}, path, {"format": "pt"})
-    path = os.path.join(directory, "adapter_config.json")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(settings, indent=2) + "\n")
+    peft_files.write(directory, settings, {_TENSOR: tensor})
 
 
 def _attention(config: ModelConfig) -> tuple[str, int, int, int]:
@@ -182,21 +170,3 @@ def _misfit(directory: str, found: tuple[int, ...], expected: tuple[int, ...]) -
         f"the prompt in '{directory}' has shape {found}, and the model needs {expected}: it was "
         "trained on another one"
     )
-
-
-def _fetch(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf, np.float32)
-
-
-def _task(config: ModelConfig) -> str | None:
-    """PEFT's name of what the model's class is for."""
-    match config.head:
-        case LMHead() if config.decoder is not None:
-            return "CAUSAL_LM" if config.encoder is None else "SEQ_2_SEQ_LM"
-        case SequenceHead():
-            return "SEQ_CLS"
-        case TokenHead():
-            return "TOKEN_CLS"
-    return "FEATURE_EXTRACTION"

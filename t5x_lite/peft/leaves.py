@@ -11,6 +11,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.models import weights
 from t5x_lite.types import Array
@@ -79,7 +80,7 @@ class Decomposed(weights.StructuredWeight):
         return self.low.shape
 
     def project(self, x: Array, in_axes: int) -> Array:
-        y = self.low.project(x, in_axes)
+        y = _kept(self.low.project(x, in_axes))
         return y * _alongside(self._ratio(in_axes), y)
 
     def lookup(self, ids: Array, dtype: Any) -> Array:
@@ -133,7 +134,7 @@ class Rescaled(weights.StructuredWeight):
     def project(self, x: Array, in_axes: int) -> Array:
         if self.inputs:
             return weights.project(x * _alongside(self.multiplier, x), self.w, in_axes)
-        y = weights.project(x, self.w, in_axes)
+        y = _kept(weights.project(x, self.w, in_axes))
         return y * _alongside(self.multiplier, y)
 
     def vector(self) -> Array:
@@ -188,6 +189,11 @@ def merge_low_rank(w: Array, a: Array, b: Array, scale: float) -> Array:
 
     update = jax.vmap(product)(a, b) if stacked else product(a, b)
     return (w.astype(jnp.float32) + scale * update.astype(jnp.float32)).astype(w.dtype)
+
+
+def _kept(y: Array) -> Array:
+    """What a product gave, kept for the backward pass: a factor's gradient reads it again."""
+    return checkpoint_name(y, weights.PROJECTED)
 
 
 def _alongside(vector: Array, y: Array) -> Array:
