@@ -48,7 +48,15 @@ def test_a_record_says_its_class_and_fields():
         "rank": 2,
         "alpha": 16.0,
         "targets": ["x"],
+        "rank_rules": [],
+        "alpha_rules": [],
+        "rank_stabilised": False,
+        "dropout": 0.0,
+        "init": "lora",
     }
+    # What was written before there were more fields is read as it was meant.
+    before = {"class": "LoRA", "rank": 2, "alpha": 16.0, "targets": ["x"]}
+    assert from_record(before, CLASSES) == LoRA(rank=2, targets=("x",))
 
 
 @pytest.mark.parametrize(

@@ -168,8 +168,7 @@ def _load(
         return load_hf(source, partitioner=partitioner)
     if kind == "t5x":
         return load_t5x(source, config=config, partitioner=partitioner)
-    if base is None:
-        raise InputError(f"'{source}' is an adapter: expected a whole model")
+    assert base is not None  # `convert` asks for an adapter's
     found = adapters.attach(source, adapters.Base(base, step, partitioner))
     return found.session.model, found.merged()
 
