@@ -224,5 +224,14 @@ def constrain(x: Array, *names: str | None) -> Array:
     )
 
 
+def local_size(names: Names, shape: Sequence[int]) -> int:
+    """How many numbers of an activation one device holds, by the active partitioner's rules."""
+    partitioner = _ACTIVE.get()
+    if partitioner is None or partitioner.mesh.size == 1:
+        return math.prod(shape)
+    what = f"activation {tuple(names)}"
+    return math.prod(partitioner.sharding(names, shape, what).shard_shape(tuple(shape)))
+
+
 def _as_tuple(axes: AxisRule) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

@@ -30,9 +30,9 @@ from t5x_lite.types import Array, Batch, Params
 class Transformer(nn.Module):
     """Encoder, decoder or both, from tokens to a head's logits.
 
-    `apply({"params": params}, batch)` is the training call; `method="encode"` returns the encoder's
-    hidden states, `method="states"` those that the head reads; `method="prefill"` and
-    `method="extend"` decode over a cache.
+    `apply({"params": params}, batch)` is the call; `method="encode"` returns the encoder's hidden
+    states, `method="states"` those that the head reads and `method="logits"` what an LMHead makes
+    of some of them; `method="prefill"` and `method="extend"` decode over a cache.
     """
 
     config: ModelConfig
@@ -92,6 +92,10 @@ class Transformer(nn.Module):
             deterministic=deterministic,
         )
         return x
+
+    def logits(self, states: Array) -> Array:
+        """An LMHead's logits `[b, n, v]` of states `[b, n, e]`; reads `head_parameters` alone."""
+        return self.lm_head(states, self.token_embedding.attend)
 
     def encode(self, batch: Batch, deterministic: bool = True) -> Array:
         """The encoder's last hidden states `[b, l, e]`."""
@@ -234,12 +238,11 @@ class Transformer(nn.Module):
                     x if slots is None else heads.at_slots(x, slots), deterministic
                 )
         if slots is None:
-            return self.lm_head(x, self.token_embedding.attend)
+            return self.logits(x)
         if self.config.pair_head is None:
-            return self.lm_head(heads.at_slots(x, slots), self.token_embedding.attend)
+            return self.logits(heads.at_slots(x, slots))
         pair = self.pair_head(x, segments, slots[:, :1], deterministic)
-        logits = self.lm_head(heads.at_slots(x, slots[:, 1:]), self.token_embedding.attend)
-        return heads.beside_tokens(pair, logits)
+        return heads.beside_tokens(pair, self.logits(heads.at_slots(x, slots[:, 1:])))
 
 
 def _everywhere(tokens: Array, key_segments: Array | None) -> Visibility:
@@ -247,6 +250,13 @@ def _everywhere(tokens: Array, key_segments: Array | None) -> Visibility:
     if key_segments is None:
         return Visibility()
     return Visibility(jnp.ones((len(key_segments), tokens.shape[1]), jnp.int32), key_segments)
+
+
+def head_parameters(config: ModelConfig, params: Params) -> Params:
+    """The part of the parameters that an LMHead reads."""
+    assert isinstance(config.head, config_heads.LMHead)
+    names = ("lm_head", "token_embedding") if config.head.tied else ("lm_head",)
+    return {name: params[name] for name in names if name in params}
 
 
 def for_decoding(params: Params) -> Params:

@@ -155,6 +155,11 @@ def prompt_rows(weight: Any) -> Array | None:
     return _carried(weight, "prompt")
 
 
+def draws(weight: Any) -> bool:
+    """Whether a weight draws random numbers when it is multiplied by: LoRA's dropout."""
+    return _carried(weight, "key") is not None
+
+
 def _carried(weight: Any, name: str) -> Array | None:
     """An array of that name in a weight, or in one that it stands around."""
     if not isinstance(weight, StructuredWeight):

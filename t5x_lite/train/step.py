@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5x_lite import types
-from t5x_lite.models.transformer import Transformer
+from t5x_lite import trees, types
+from t5x_lite.models import config_heads, heads
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.transformer import Transformer, head_parameters
+from t5x_lite.models.weights import draws, is_node
 from t5x_lite.peft.transform import Transform
+from t5x_lite.train import chunked
 from t5x_lite.train.losses import (
     Normalisation,
     by_real_tokens,
@@ -44,6 +48,61 @@ class Loss:
     z_loss: float = 0.0  # factor of (log Z)^2; T5X pretrains with 1e-4
     label_smoothing: float = 0.0
     normalisation: Normalisation = by_real_tokens
+    logits_bytes: int = 2**28  # of float32 logits at once on a device; 0: all of them
+
+    def __post_init__(self) -> None:
+        if self.logits_bytes < 0:
+            raise InputError(
+                f"Loss.logits_bytes={self.logits_bytes}: expected a number of bytes, or 0 for all "
+                "logits at once"
+            )
+
+    def of(
+        self, model: Transformer, params: Params, batch: Batch, rng: Array | None = None
+    ) -> Sums:
+        """The sums of a model's answer; `rng` turns dropout on.
+
+        A language model's logits are made and scored in chunks: see `chunked`.
+        """
+        variables, deterministic = {"params": params}, rng is None
+        rngs = {} if rng is None else {"dropout": rng}
+        targets, weights, segments = asked(batch)
+        chunk = self._chunk(model.config, params, batch, targets.shape)
+        if chunk >= targets.shape[1]:
+            return self(model.apply(variables, batch, deterministic, rngs=rngs), batch)
+        states = model.apply(variables, batch, deterministic, method="states", rngs=rngs)
+        if types.MASKED_POSITIONS in batch:
+            states = heads.at_slots(states, batch[types.MASKED_POSITIONS])
+        used, denominator = self.normalisation(weights, segments)
+        sums = chunked.summed(
+            lambda own, x: model.apply({"params": own}, x, method="logits"),
+            self._of_tokens,
+            head_parameters(model.config, params),
+            states,
+            targets,
+            used,
+            chunk,
+        )
+        return {**sums, "denominator": denominator, "tokens": count_tokens(batch)}
+
+    def _chunk(
+        self, config: ModelConfig, params: Params, batch: Batch, shape: tuple[int, ...]
+    ) -> int:
+        """Of how many of a row's answers logits are made at once."""
+        rows, length = shape
+        of_tokens = slot_targets(batch) in (None, types.MASKED_TARGET_TOKENS)
+        alone = isinstance(config.head, config_heads.LMHead) and config.pair_head is None
+        if not (of_tokens and alone and self.logits_bytes):
+            return length
+        own = trees.flatten(head_parameters(config, params), is_leaf=is_node)
+        if any(map(draws, own.values())):  # each chunk would draw the same numbers
+            return length
+        return chunked.chunk_length(rows, length, config.vocab_size, self.logits_bytes)
+
+    def _of_tokens(self, logits: Array, targets: Array, weights: Array) -> Sums:
+        return cross_entropy(
+            logits, targets, weights, z_loss=self.z_loss, label_smoothing=self.label_smoothing
+        )
 
     def __call__(self, logits: Array, batch: Batch) -> Sums:
         """Sums over the batch: those of the function in `losses`, `denominator` and `tokens`.
@@ -59,9 +118,7 @@ class Loss:
         if types.MASKED_TARGET_VALUES in batch:
             sums = squared_error(logits, targets, used)
         else:
-            sums = cross_entropy(
-                logits, targets, used, z_loss=self.z_loss, label_smoothing=self.label_smoothing
-            )
+            sums = self._of_tokens(logits, targets, used)
         return {**sums, "denominator": denominator, "tokens": count_tokens(batch)}
 
 
@@ -131,13 +188,7 @@ def train_step(
 
     def summed_loss(params: Params, part: Batch, index: Array) -> tuple[Array, Sums]:
         key = jax.random.fold_in(rng, index)
-        logits = model.apply(
-            {"params": transform.apply(params, frozen, key)},
-            part,
-            deterministic=False,
-            rngs={"dropout": key},
-        )
-        sums = loss(logits, part)
+        sums = loss.of(model, transform.apply(params, frozen, key), part, key)
         return sums["loss"], sums
 
     def gradient(part: Batch, index: Array) -> tuple[Params, Sums]:
@@ -174,8 +225,7 @@ def eval_step(
     params: Params, frozen: Params, batch: Batch, *, model: Transformer, transform: Transform
 ) -> Sums:
     """Teacher-forced sums on one batch, as `Loss` makes them without regularisers."""
-    logits = model.apply({"params": transform.apply(params, frozen)}, batch)
-    return Loss()(logits, batch)
+    return Loss().of(model, transform.apply(params, frozen), batch)
 
 
 def check_trainable_batch(batch: Batch) -> None:

@@ -39,6 +39,7 @@ from t5x_lite.peft.transform import Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train.evaluate import Evaluator, Generate, TeacherForced
 from t5x_lite.train.session import Session
+from tests import common
 from tests.train import harness
 
 vocabulary = ByteVocabulary()

@@ -42,7 +42,7 @@ def test_a_run_trains_evaluates_and_opens(tmp_path):
     loaded = open_model(str(tmp_path / "run"), partitioner=harness.one_device())
     assert isinstance(loaded.model, PromptedTransformer)
     assert prompt_length(loaded.params) == 4
-    with pytest.raises(InputError, match="PromptTuning can't be merged: the base has no place"):
+    with pytest.raises(InputError, match="PrefixTuning can't be merged: no weight of the base"):
         load_params(RunCheckpoint(str(tmp_path / "run")), run["model"], harness.one_device())
 
 
