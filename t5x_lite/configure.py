@@ -280,8 +280,11 @@ def save_operative_config(model_dir: str | os.PathLike[str]) -> None:
 # Programs
 
 
-def main(function: Configurable, **given: Any) -> None:
+def main(function: Configurable, *, like: Configurable | None = None, **given: Any) -> None:
     """Runs a program: flags, gin files, checks, building, then `function(**arguments)`; exits.
+
+    What gin files bind for the program `like` goes for `function` too, where it has a parameter of
+    that name that is bound to nothing else: so `plan` takes the files of `train`.
 
     `given` are arguments that the program itself supplies, such as
     `save_config=configure.save_operative_config`. Exit codes: 0; 2 with one line `error: ...` for
@@ -296,6 +299,8 @@ def main(function: Configurable, **given: Any) -> None:
         reset()
         register([function])
         parse(options.gin_file, options.gin_bindings, options.gin_search_paths)
+        if like is not None:
+            _borrow(function, like)
         everything = {**arguments(function, given), **given}
         for bound in _bindings.unused(_function):
             if bound.where.startswith(COMMAND_LINE):
@@ -321,6 +326,15 @@ def main(function: Configurable, **given: Any) -> None:
     app.run(
         run, flags_parser=lambda argv: commandline.parse_flags(argv, function, is_value, help_text)
     )
+
+
+def _borrow(function: Configurable, like: Configurable) -> None:
+    """Binds for `function` what is bound for `like`."""
+    own, theirs = function.__name__, like.__name__
+    for (scope, name, parameter), bound in list(_bindings.bound.items()):
+        new = (scope, own, parameter)
+        if name == theirs and parameter in parameters(function) and new not in _bindings.bound:
+            _bind(*new, bound.value, bound.where)
 
 
 def is_value(text: str) -> bool:

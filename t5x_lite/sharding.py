@@ -78,7 +78,8 @@ class Partitioner:
     def mesh(self) -> Mesh:
         """The device mesh. Raises InputError if it does not use every device exactly once."""
         sizes = [self.data, self.fsdp, self.model]
-        devices = jax.device_count()
+        described = _DESCRIBED.get()
+        devices = jax.device_count() if described is None else len(described)
         if -1 in sizes:
             others = -math.prod(sizes)
             if devices % others:
@@ -91,12 +92,11 @@ class Partitioner:
             raise InputError(
                 f"mesh {'x'.join(map(str, sizes))} (data x fsdp x model) needs "
                 f"{math.prod(sizes)} devices, but this run has {devices} "
-                f"({jax.devices()[0].platform}): set one of Partitioner.data, .fsdp, .model to -1 "
-                "to take what is left"
+                f"({(described or jax.devices())[0].platform}): set one of Partitioner.data, "
+                ".fsdp, .model to -1 to take what is left"
             )
-        return jax.make_mesh(
-            tuple(sizes), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes)
-        )
+        types = (jax.sharding.AxisType.Auto,) * len(sizes)
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=described)
 
     def spec(self, names: Names, shape: Sequence[int] | None = None, what: str = "array") -> Any:
         """The `PartitionSpec` for axes named `names` (None: not split).
@@ -212,6 +212,21 @@ class Partitioner:
 _ACTIVE: contextvars.ContextVar[Partitioner | None] = contextvars.ContextVar(
     "partitioner", default=None
 )
+
+
+_DESCRIBED: contextvars.ContextVar[Sequence[Any] | None] = contextvars.ContextVar(
+    "described devices", default=None
+)
+
+
+@contextlib.contextmanager
+def described(devices: Sequence[Any]) -> Iterator[None]:
+    """Meshes made inside are of these devices, which need not be there: see `planning`."""
+    token = _DESCRIBED.set(devices)
+    try:
+        yield
+    finally:
+        _DESCRIBED.reset(token)
 
 
 def constrain(x: Array, *names: str | None) -> Array:

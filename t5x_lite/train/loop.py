@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -244,8 +244,12 @@ def compile_step(
     state: steps.TrainState,
     frozen: Params,
     batch: types.Batch,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[Callable[..., Any], float]:
-    """The run's one compiled step, and the seconds it took; it takes batches of one shape."""
+    """The run's one compiled step, and the seconds it took; it takes batches of one shape.
+
+    State, frozen parameters and batch may be shape structs; `options` are the compiler's.
+    """
     began = time.monotonic()
     step = functools.partial(
         steps.train_step,
@@ -262,7 +266,7 @@ def compile_step(
         out_shardings=(shardings(state), session.partitioner.replicated),
     )
     with session.partitioner.activate():
-        compiled = jitted.lower(state, frozen, batch).compile()
+        compiled = jitted.lower(state, frozen, batch).compile(compiler_options=options)
     return compiled, time.monotonic() - began
 
 
