@@ -8,7 +8,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 # glibc hands out what a step needs anew in huge pages: a tenth less time on Linux, see benchmarks/README.md.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow test-lm-eval test-browser lint install install-dev clean-demo
+.PHONY: demo test test-slow test-lm-eval test-browser test-plan lint install install-dev clean-demo
 SEED ?= 0
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 TRAIN := $(BIN)/python scripts/train.py --gin.SEED=$(SEED)
@@ -52,7 +52,7 @@ clean-demo:
 
 # A file stays in one process, which makes its fixtures and compiles its programs once.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser and not plan"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
@@ -68,6 +68,11 @@ $(LM_EVAL_VENV)/.installed: setup.py
 	@echo "Installing into $(LM_EVAL_VENV) (a few minutes: torch) ..."
 	$(LM_EVAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[lm_eval,test]' 'lm_eval[hf]'
 	@touch $@
+
+# Compiles for TPUs that need not be there; libtpu is for Linux on x86-64.
+test-plan: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[plan]'
+	$(BIN)/python -m pytest -m plan tests/planning
 
 # Skipped where there is no Chromium with its driver. PICTURES=docs/images makes the pictures.
 test-browser: $(VENV)/.dev

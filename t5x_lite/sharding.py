@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,6 +237,34 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(
         x, partitioner.sharding(names, x.shape, f"activation {names}")
     )
+
+
+def on_shards(
+    function: Callable[..., Array], inputs: Sequence[Names], output: Names
+) -> Callable[..., Array]:
+    """`function` of each device's shards, named as for `constrain`: for kernels, which XLA can't
+    divide. Unchanged without an active partitioner, or on one device.
+    """
+    partitioner = _ACTIVE.get()
+    if partitioner is None or partitioner.mesh.size == 1:
+        return function
+    mapped: Callable[..., Array] = jax.shard_map(
+        function,
+        mesh=partitioner.mesh,
+        in_specs=tuple(partitioner.spec(names) for names in inputs),
+        out_specs=partitioner.spec(output),
+        check_vma=False,
+    )
+    return mapped
+
+
+def platform() -> str:
+    """Of the devices that programs are compiled for: "cpu", "gpu" or "tpu"."""
+    partitioner = _ACTIVE.get()
+    if partitioner is None:
+        return jax.default_backend()
+    found: str = partitioner.mesh.devices.flat[0].platform
+    return found
 
 
 def local_size(names: Names, shape: Sequence[int]) -> int:

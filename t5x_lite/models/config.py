@@ -17,6 +17,7 @@ from t5x_lite.models.config_positions import Positions, RelativeBias, Rotary
 from t5x_lite.types import InputError
 
 REMAT_POLICIES = ("none", "full", "dots")
+KERNELS = ("plain", "flash")
 DTYPES = ("float32", "bfloat16")
 NORMS = ("rms", "layer")
 RESIDUALS = ("pre", "post", "parallel")
@@ -56,6 +57,9 @@ class StackConfig:
     # What the backward pass recomputes: "none" of the layer, the "full" layer from its input, or
     # all but the outputs of matrix products with weights ("dots").
     remat: str = "none"
+    # The kernel of attention in training: "plain" on any machine, or "flash" on TPUs, in which
+    # nothing of size length x length reaches memory; it has no place for T5's relative positions.
+    attention: Literal["plain", "flash"] = "plain"
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "head_dim", "mlp_dim", "unroll", "kv_heads"):
@@ -74,10 +78,16 @@ class StackConfig:
             ("norm", (self.norm,), NORMS),
             ("residual", (self.residual,), RESIDUALS),
             ("remat", (self.remat,), REMAT_POLICIES),
+            ("attention", (self.attention,), KERNELS),
         ):
             for value in values:
                 if value not in known:
                     raise InputError(f"StackConfig.{name} has '{value}'; known: {known}")
+        if self.attention == "flash" and isinstance(self.positions, RelativeBias):
+            raise InputError(
+                "StackConfig.attention='flash' takes no bias, which RelativeBias positions add: "
+                "set attention='plain', or other positions"
+            )
         if not self.mlp_activations:
             raise InputError("StackConfig.mlp_activations is empty: expected at least one")
         if not 0.0 <= self.dropout < 1.0:
@@ -140,13 +150,15 @@ class ModelConfig:
                 raise InputError(f"ModelConfig.{name}='{getattr(self, name)}'; known: {DTYPES}")
 
     def canonical(self) -> ModelConfig:
-        """This config with `dtype`, `remat` and `unroll` at their defaults.
+        """This config with `dtype`, `remat`, `unroll` and `attention` at their defaults.
 
         Those say how to compute the model, and neither what it is nor what its parameters are.
         """
 
         def plain(stack: StackConfig | None) -> StackConfig | None:
-            return None if stack is None else dataclasses.replace(stack, remat="none", unroll=1)
+            if stack is None:
+                return None
+            return dataclasses.replace(stack, remat="none", unroll=1, attention="plain")
 
         return dataclasses.replace(
             self, dtype="float32", encoder=plain(self.encoder), decoder=plain(self.decoder)

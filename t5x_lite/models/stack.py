@@ -15,10 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t5x_lite.kernels.plain import ATTENDED, Visibility
 from t5x_lite.models import cache as kv_cache
 from t5x_lite.models import layers, weights
 from t5x_lite.models import positions as places
-from t5x_lite.models.attention import ATTENDED, MultiHeadAttention, Visibility
+from t5x_lite.models.attention import MultiHeadAttention
 from t5x_lite.models.cache import Cache, LayerCache
 from t5x_lite.models.config import StackConfig
 from t5x_lite.models.config_positions import Learned, RelativeBias, Rotary, Sinusoidal
@@ -195,7 +196,10 @@ class Stack(nn.Module):
             query_places = cache.query_places(x.shape[1])
         if self.causal:
             visibility = dataclasses.replace(
-                visibility, query_places=query_places, key_places=key_places
+                visibility,
+                query_places=query_places,
+                key_places=key_places,
+                in_order=cache is None,
             )
         # A prefix takes the first positions of every text, as past keys do.
         prefix = prefix_length(self.variables.get("params", {}))

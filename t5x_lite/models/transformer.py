@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import types
+from t5x_lite.kernels.plain import Visibility
 from t5x_lite.models import cache as kv_cache
 from t5x_lite.models import config_heads, heads, layers
-from t5x_lite.models.attention import Visibility
 from t5x_lite.models.cache import Cache
-from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.models.config_positions import Learned
 from t5x_lite.models.stack import Stack, apart, check_length, make_norm, prefix_length
 from t5x_lite.sharding import constrain
@@ -295,7 +295,7 @@ def dummy_batch(config: ModelConfig, rows: int = 1, length: int = 8) -> dict[str
 
 def init(model: Transformer, rng: Array) -> Params:
     """Fresh parameters as a tree of plain arrays; trace it with `jax.eval_shape` or `jax.jit`."""
-    return nn.unbox(model.init({"params": rng}, dummy_batch(model.config))["params"])
+    return nn.unbox(_init(model, rng)["params"])
 
 
 def shapes(model: Transformer) -> Params:
@@ -314,4 +314,17 @@ def axes(model: Transformer) -> Params:
 @functools.lru_cache(maxsize=64)
 def _traced(model: Transformer) -> Params:
     """Shapes in boxes that name their axes; traced once a model, for that takes seconds."""
-    return jax.eval_shape(model.init, jax.random.key(0), dummy_batch(model.config))["params"]
+    return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))["params"]
+
+
+def _init(model: Transformer, rng: Array) -> Params:
+    """Linen's, on rows that are too short for some kernels, on any machine: by plain attention."""
+    config = model.config
+
+    def plain(stack: StackConfig | None) -> StackConfig | None:
+        return None if stack is None else dataclasses.replace(stack, attention="plain")
+
+    encoder, decoder = plain(config.encoder), plain(config.decoder)
+    model = Transformer(dataclasses.replace(config, encoder=encoder, decoder=decoder))
+    made: Params = model.init({"params": rng}, dummy_batch(config))
+    return made

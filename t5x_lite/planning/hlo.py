@@ -22,6 +22,7 @@ COLLECTIVES: Final = (
     "all-to-all",
     "collective-permute",
 )
+REDUCTIONS: Final = ("all-reduce", "reduce-scatter")
 _BYTES: Final = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2", "s4", "u4"), 1),
     **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
@@ -222,14 +223,30 @@ class Machine:
         """
         moved = sum(map(_hbm, (line.shape, *(shapes.get(name, "") for name in line.operands))))
         if line.opcode == "custom-call" and "tpu_custom_call" in line.rest:
-            flops = re.search(r'"flops":"?(\d+)', line.rest)
-            own = float(flops[1]) if flops else 0.0
-            return max(own / self.flops, moved / self.hbm_bandwidth)
+            return max(_kernel_flops(line, shapes) / self.flops, moved / self.hbm_bandwidth)
         least = program.product_flops(line, shapes) / self.flops
         seconds = line.cycles / self.clock
         if not line.modelled:
             seconds = min(seconds, moved / self.hbm_bandwidth)
         return max(seconds, least)
+
+
+# Products of length x length x head width that splash attention's kernels make; no tile that its
+# mask leaves out is taken off, which stands for what a kernel loses to its softmax.
+_SPLASH: Final = (("splash_mha_fwd", 2), ("splash_mha_dkv", 5), ("splash_mha_dq", 3))
+
+
+def _kernel_flops(line: Instruction, shapes: Mapping[str, str]) -> float:
+    """A Pallas kernel's operations: as it says itself, or as is known of it; else 0."""
+    if found := re.search(r'"flops":"?(\d+)', line.rest):
+        return float(found[1])
+    products = next((count for name, count in _SPLASH if line.name.startswith(name)), 0)
+    query = max((shapes.get(name, "") for name in line.operands), key=_elements, default="")
+    sides = re.search(r"\w+\[([\d,]*)\]", query)
+    if not products or sides is None:
+        return 0.0
+    length = [int(side) for side in sides[1].split(",")][-2]
+    return 2.0 * products * _elements(query) * length
 
 
 def _hbm(shape: str) -> int:

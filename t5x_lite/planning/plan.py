@@ -36,7 +36,7 @@ METHOD: Final = (
     "products by the compiler's cycles, at least their operations at the chip's peak; elementwise "
     "loops by bytes at HBM's full bandwidth; loops times their trip counts; collectives round a "
     "ring at the links' bandwidth, hidden behind what is scheduled between start and end; Pallas "
-    "kernels by roofline. No input pipeline, no host, no stragglers."
+    "kernels by roofline, of all tiles. No input pipeline, no host, no stragglers."
 )
 # Windowed products send a kernel round in small slices, of which products are slow (see docs).
 OPTIONS: Final = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),)
@@ -125,6 +125,7 @@ def plan(
     seed: int = 0,
     compiler_options: Sequence[tuple[str, str]] = OPTIONS,
     output: str | None = None,
+    program: str | None = None,
     console: Console | None = None,
 ) -> Plan:
     """Compiles the run's train step for a TPU slice that need not be there, and says what it costs.
@@ -136,6 +137,7 @@ def plan(
       batch: in place of `batches`, its sizes: nothing is read.
       compiler_options: of XLA for TPUs, by name.
       output: a JSON file to write.
+      program: a file for the compiled program's text.
 
     Raises InputError without libtpu, and for a mesh that the slice or the model does not divide.
     """
@@ -154,6 +156,10 @@ def plan(
             session, transformation, loss, microbatches, seed, state, frozen, shapes,
             dict(compiler_options),
         )  # fmt: skip
+    text: str = compiled.as_text()  # type: ignore[attr-defined]
+    if program is not None:
+        with open(program, "w", encoding="utf-8") as file:
+            file.write(text)
     found = measure(compiled, slice_, session, state, frozen, shapes, seconds)
     if output is not None:
         os.makedirs(os.path.dirname(output) or ".", exist_ok=True)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from t5x_lite import types
+from t5x_lite.kernels.plain import Visibility, dot_product_attention
 from t5x_lite.models import cache as kv_cache
-from t5x_lite.models.attention import Visibility, cached_attention, dot_product_attention
+from t5x_lite.models.attention import cached_attention
 from t5x_lite.models.transformer import for_decoding
 from t5x_lite.types import InputError
 from tests import common

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from t5x_lite import trees, types
+from t5x_lite.kernels.plain import Visibility
 from t5x_lite.models import flops, transformer
-from t5x_lite.models.attention import Visibility
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.models.config_heads import LMHead
 from t5x_lite.models.config_positions import RelativeBias

@@ -1,0 +1,1 @@
+"""Attention kernels of one signature: `plain` on any machine, `flash` on TPUs."""

@@ -1,0 +1,117 @@
+"""What a scheduled program's text says: trips, bytes, cycles, and what hides behind what."""
+
+# ruff: noqa: E501
+from __future__ import annotations
+
+import pytest
+
+from t5x_lite.planning import hlo
+from t5x_lite.planning.chips import Slice
+from t5x_lite.types import InputError
+
+# One turn of the loop: a product of 1,000 cycles, and a gather of 4 KiB that starts before it.
+TEXT = """
+HloModule jit_f, is_scheduled=true
+
+%body (p.0: (s32[], bf16[512]{0})) -> (s32[], bf16[512]{0}) {
+  %p.0 = (s32[]{:T(128)}, bf16[512]{0}) parameter(0)
+  %x.1 = bf16[512]{0} get-tuple-element(%p.0), index=1
+  %gather-start.1 = (bf16[512]{0}, bf16[2048]{0}) all-gather-start(%x.1), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  %product.1 = bf16[64,64]{1,0} fusion(%x.1), kind=kOutput, calls=%fused, metadata={op_name="jit(f)/jvp(M)/layers/mlp/wi/dot_general"}, backend_config={"window_config":{"estimated_cycles":"1000","cost_model_type":"COST_MODEL_TYPE_CLASSIC"}}
+  %gather-done.1 = bf16[2048]{0} all-gather-done(%gather-start.1), metadata={op_name="jit(f)/gather"}
+  ROOT %t.1 = (s32[]{:T(128)}, bf16[512]{0}) tuple(%p.0)
+}
+
+%fused (a.0: bf16[512]) -> bf16[64,64] {
+  %a.0 = bf16[512]{0} parameter(0)
+  %l.1 = bf16[64,8]{1,0} bitcast(%a.0)
+  %r.1 = bf16[8,64]{1,0} bitcast(%a.0)
+  ROOT %dot.1 = bf16[64,64]{1,0} convolution(%l.1, %r.1), dim_labels=bf_io->bf
+}
+
+%cond (p.1: (s32[], bf16[512]{0})) -> pred[] {
+  %p.1 = (s32[]{:T(128)}, bf16[512]{0}) parameter(0)
+  %n.1 = s32[]{:T(128)} constant(5)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i.1, %n.1), direction=LT
+}
+
+ENTRY %main (x: bf16[512]) -> bf16[512] {
+  %x = bf16[512]{0:T(8,128)} parameter(0)
+  %start.1 = (s32[]{:T(128)}, bf16[512]{0}) tuple(%x)
+  %while.1 = (s32[]{:T(128)}, bf16[512]{0}) while(%start.1), condition=%cond, body=%body
+  %sum.1 = f32[1000]{0} add(%x, %x), metadata={op_name="jit(f)/transpose(jvp(M))/add"}, backend_config={"window_config":{"estimated_cycles":"900000","cost_model_type":"COST_MODEL_TYPE_INVALID"}}
+  ROOT %all.1 = f32[256]{0} all-reduce(%sum.1), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%fused
+}
+"""
+
+
+def machine(clock=1e6, flops=1e12, hbm=1e6, link=1e6):
+    return hlo.Machine(clock, flops, hbm, 4, lambda chips: link)
+
+
+def test_a_loop_costs_its_turns_and_hides_what_it_can():
+    program = hlo.Program.parse(TEXT)
+    assert (program.entry, len(program.computations)) == ("main", 4)
+    times = hlo.estimate(program, machine())
+    gather = 4096 * 3 / 4 / 1e6  # seconds on the links, of which 1,000 cycles are hidden
+    adds = (4000 + 2 * 1024) / 1e6  # by bytes, for the cycles are a guess
+    reduce_ = 1024 * 2 / 2 / 1e6
+    assert times.compute == pytest.approx(5 * 1e-3 + adds)
+    assert times.exposed == pytest.approx(5 * (gather - 1e-3) + reduce_)
+    assert times.total == times.compute + times.exposed
+    assert times.by_source["mlp/wi/dot_general"] == pytest.approx(5e-3)
+    assert times.by_source["backward add"] == pytest.approx(adds)
+    found = times.traffic["all-gather"]
+    assert (found.count, found.sent) == (5, 5 * 4096 * 3 / 4)
+    assert times.traffic["all-reduce"].sent == 1024
+
+
+def test_a_fast_link_hides_all():
+    times = hlo.estimate(hlo.Program.parse(TEXT), machine(link=1e9))
+    assert times.exposed == pytest.approx(1024 / 1e9)  # of the reduction, which nothing hides
+
+
+def test_no_product_is_faster_than_the_chip():
+    slow = machine(flops=1e6)
+    times = hlo.estimate(hlo.Program.parse(TEXT), slow)
+    assert times.by_source["mlp/wi/dot_general"] == pytest.approx(5 * 2 * 64 * 8 * 64 / 1e6)
+
+
+def test_kernels_are_the_greater_of_both_rooflines():
+    line = """
+ENTRY %main (x: bf16[512]) -> bf16[512] {
+  %x = bf16[512]{0} parameter(0)
+  ROOT %k.1 = bf16[512]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"5000000"}}
+}
+"""
+    program = hlo.Program.parse(line)
+    assert hlo.estimate(program, machine(flops=1e6)).compute == pytest.approx(5.0)
+    assert hlo.estimate(program, machine()).compute == pytest.approx(2048 / 1e6)
+
+
+def test_splash_attention_is_known():
+    line = """
+ENTRY %main (q: bf16[2,4,256,64]) -> bf16[2,4,256,64] {
+  %q = bf16[2,4,256,64]{3,2,1,0} parameter(0)
+  ROOT %splash_mha_dkv.1 = bf16[2,4,256,64]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"
+}
+"""
+    found = hlo.estimate(hlo.Program.parse(line), machine(flops=1e6, hbm=1e12)).compute
+    assert found == pytest.approx(5 * 2 * 2 * 4 * 256 * 256 * 64 / 1e6)
+
+
+def test_what_is_in_the_chips_own_memory_is_not_moved():
+    line = TEXT.replace("%x = bf16[512]{0:T(8,128)}", "%x = bf16[512]{0:T(8,128)S(1)}")
+    times = hlo.estimate(hlo.Program.parse(line), machine())
+    assert times.by_source["backward add"] == pytest.approx(4000 / 1e6)
+
+
+def test_slices_by_name():
+    slice_ = Slice.parse("v5e:4x4")
+    assert (slice_.size, str(slice_)) == (16, "v5e:4x4")
+    link = slice_.chip.link_bandwidth
+    assert [slice_.ring_bandwidth(n) / link for n in (2, 4, 16)] == [2, 2, 4]
+    for wrong in ("v5e", "v9:4x4", "v5e:4", "v5e:4x4x4x4"):
+        with pytest.raises(InputError, match="expected a chip and the sides"):
+            Slice.parse(wrong)

@@ -1,0 +1,146 @@
+"""Programs compiled for TPUs that are not here, against arithmetic by hand; needs libtpu."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5x_lite.models import flops
+from t5x_lite.models.config import ModelConfig, StackConfig
+from t5x_lite.models.config_positions import Rotary
+from t5x_lite.peft.lora import LoRA
+from t5x_lite.peft.transform import Full
+from t5x_lite.planning import hlo
+from t5x_lite.planning.chips import Slice
+from t5x_lite.planning.plan import BatchShape, plan
+from t5x_lite.sharding import Partitioner
+from t5x_lite.train.optim import AdamW
+from t5x_lite.types import InputError
+
+pytestmark = pytest.mark.plan
+SLICE = Slice.parse("v5e:2x2")
+STACK = StackConfig(
+    num_layers=3,
+    num_heads=4,
+    head_dim=128,
+    mlp_dim=1024,
+    mlp_activations=("silu", "linear"),
+    positions=Rotary(),
+    attention_scale=None,
+)
+MODEL = ModelConfig(vocab_size=4096, embed_dim=512, decoder=STACK, dtype="bfloat16")
+
+
+def estimate(function, *shapes, spec=PartitionSpec()):
+    """Of a function on bfloat16 arrays on all four chips."""
+    mesh = Mesh(np.array(SLICE.devices()), ("x",))
+    sharding = NamedSharding(mesh, spec)
+    structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
+    whole = NamedSharding(mesh, PartitionSpec())
+    compiled = jax.jit(function, out_shardings=whole).lower(*structs).compile()
+    chip = SLICE.chip
+    machine = hlo.Machine(
+        chip.clock, chip.flops, chip.hbm_bandwidth, SLICE.size, SLICE.ring_bandwidth
+    )
+    return hlo.estimate(hlo.Program.parse(compiled.as_text()), machine)
+
+
+def test_a_product_takes_its_operations():
+    n = 8192
+    times = estimate(lambda a, b: a @ b, (n, n), (n, n))
+    least = 2 * n**3 / SLICE.chip.flops
+    assert least <= times.total < 1.2 * least
+    assert times.exposed == 0
+
+
+def test_a_sum_takes_its_bytes():
+    n = 8192
+    times = estimate(lambda a, b: a + b, (n, n), (n, n))
+    assert times.total == pytest.approx(3 * 2 * n * n / SLICE.chip.hbm_bandwidth, rel=0.02)
+
+
+def test_a_loop_of_products_takes_its_turns():
+    n, turns = 4096, 7
+
+    def run(a, b):
+        return jax.lax.fori_loop(0, turns, lambda _, x: x @ b, a)
+
+    once = estimate(lambda a, b: a @ b, (n, n), (n, n))
+    assert estimate(run, (n, n), (n, n)).total == pytest.approx(turns * once.total, rel=0.15)
+
+
+def test_gathering_takes_the_links():
+    n = 4096
+    times = estimate(lambda a: a * 2, (n, n), spec=PartitionSpec("x"))
+    sent = 2 * n * n * 3 / 4  # what the three others have
+    assert sum(t.sent for t in times.traffic.values()) == pytest.approx(sent)
+    assert times.exposed == pytest.approx(sent / SLICE.ring_bandwidth(4), rel=0.01)
+
+
+def made(tmp_path, transform=Full(), attention="plain", **settings):
+    model = dataclasses.replace(MODEL, decoder=dataclasses.replace(STACK, attention=attention))
+    return plan(
+        topology="v5e:2x2",
+        model=model,
+        optimizer=AdamW(1e-3),
+        batch=BatchShape(rows=8, decoder=512),
+        transform=transform,
+        partitioner=Partitioner(data=1, fsdp=4),
+        output=str(tmp_path / "plan.json"),
+        **settings,
+    )
+
+
+def test_a_step_is_planned(tmp_path, capsys):
+    found = made(tmp_path, total_steps=1000)
+    params = found.parameters * 4 // 4  # float32, a fourth on each chip
+    norms = 4 * 512 * 8
+    assert found.memory["trained parameters"] == pytest.approx(params, abs=norms)
+    assert found.memory["optimizer state"] == pytest.approx(2 * params, abs=2 * norms)
+    assert found.memory["frozen parameters"] == 0
+    assert found.fits
+    assert found.flops == 3 * flops.forward_flops(MODEL, (0, 0), (8, 512))
+    assert 0 < found.mfu < 1
+    assert found.tokens == 8 * 512
+    record = json.loads((tmp_path / "plan.json").read_text())
+    assert record["step_seconds"] == found.step_seconds
+    assert record["fits"]
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("fits", "chip-hours", "Method:"))
+
+
+def test_loras_collectives_are_of_its_own_size(tmp_path):
+    full = made(tmp_path)
+    lora = made(tmp_path, LoRA(rank=4))
+    assert lora.memory["optimizer state"] < full.memory["optimizer state"] / 50
+    assert lora.memory["frozen parameters"] == pytest.approx(full.memory["trained parameters"])
+    reduced = [
+        sum(one["sent"] for one in found.collectives if one["kind"] in hlo.REDUCTIONS)
+        for found in (full, lora)
+    ]
+    assert reduced[1] < reduced[0] / 20
+
+
+def test_flash_attention_keeps_logits_out_of_memory(tmp_path):
+    plain, flash = (made(tmp_path, attention=kind) for kind in ("plain", "flash"))
+    kind = "activations, gradients and temporaries"
+    logits = 2 * 4 * 512 * 512 * 4  # of two rows a chip, float32
+    assert flash.memory[kind] < plain.memory[kind] - logits
+
+
+def test_what_cannot_be_planned_says_so(tmp_path):
+    with pytest.raises(InputError, match="does not divide the 4"):
+        plan(
+            topology="v5e:2x2", model=MODEL, optimizer=AdamW(1e-3),
+            batch=BatchShape(rows=8, decoder=512), partitioner=Partitioner(fsdp=3),
+        )  # fmt: skip
+    with pytest.raises(InputError, match="or batch="):
+        plan(topology="v5e:2x2", model=MODEL, optimizer=AdamW(1e-3))
+    with pytest.raises(InputError, match="not to be had"):
+        Slice.parse("v5e:3x5").devices()
