@@ -144,6 +144,39 @@ def plan(
     slice_ = Slice.parse(topology)
     if batch is None and batches is None:
         raise InputError("plan needs the run's batches, or batch=@BatchShape(), its sizes")
+    # The cache of compiled programs can't be read for devices that are not there.
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        found = _planned(
+            slice_, model, optimizer, batches, batch, transform, loss, microbatches, partitioner,
+            seed, dict(compiler_options), program,
+        )  # fmt: skip
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    if output is not None:
+        os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+        with open(output, "w", encoding="utf-8") as file:
+            json.dump({**dataclasses.asdict(found), "fits": found.fits}, file, indent=1)
+            file.write("\n")
+    show(found, total_steps, output, console or Console(width=max(Console().width, 100)))
+    return found
+
+
+def _planned(
+    slice_: Slice,
+    model: ModelConfig,
+    optimizer: Optimizer,
+    batches: Batches | None,
+    batch: BatchShape | None,
+    transform: Transform,
+    loss: Loss,
+    microbatches: int,
+    partitioner: Partitioner,
+    seed: int,
+    options: Mapping[str, str],
+    program: str | None,
+) -> Plan:
     with sharding.described(slice_.devices()):
         partitioner = dataclasses.replace(partitioner)  # a mesh of its own
         session = Session(model, transform, partitioner, seed)
@@ -153,21 +186,13 @@ def plan(
         transformation = session.optimizer(optimizer)
         state, frozen = session.state_shapes(transformation), session.split_shapes[1]
         compiled, seconds = compile_step(
-            session, transformation, loss, microbatches, seed, state, frozen, shapes,
-            dict(compiler_options),
-        )  # fmt: skip
+            session, transformation, loss, microbatches, seed, state, frozen, shapes, options
+        )
     text: str = compiled.as_text()  # type: ignore[attr-defined]
     if program is not None:
         with open(program, "w", encoding="utf-8") as file:
             file.write(text)
-    found = measure(compiled, slice_, session, state, frozen, shapes, seconds)
-    if output is not None:
-        os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
-        with open(output, "w", encoding="utf-8") as file:
-            json.dump({**dataclasses.asdict(found), "fits": found.fits}, file, indent=1)
-            file.write("\n")
-    show(found, total_steps, output, console or Console(width=max(Console().width, 100)))
-    return found
+    return measure(compiled, slice_, session, state, frozen, shapes, seconds)
 
 
 def measure(

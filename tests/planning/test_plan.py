@@ -22,6 +22,7 @@ from t5x_lite.planning.plan import BatchShape, plan
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train.optim import AdamW
 from t5x_lite.types import InputError
+from tests import pages
 
 pytestmark = pytest.mark.plan
 SLICE = Slice.parse("v5e:2x2")
@@ -144,3 +145,11 @@ def test_what_cannot_be_planned_says_so(tmp_path):
         plan(topology="v5e:2x2", model=MODEL, optimizer=AdamW(1e-3))
     with pytest.raises(InputError, match="not to be had"):
         Slice.parse("v5e:3x5").devices()
+
+
+def test_the_pages_commands_run(tmp_path):
+    for commands in pages.blocks("docs/planning.md"):
+        done = pages.shell(commands, tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "Step, estimated:" in done.stdout
+    assert json.loads((tmp_path / "plans/decoder.json").read_text())["fits"]
