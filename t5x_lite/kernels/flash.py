@@ -1,4 +1,4 @@
-"""Attention on TPUs whose logits never reach memory: splash attention, from jax.
+"""Attention on TPUs whose logits never reach memory: splash, or ours with a bias by distance.
 
 The same signature as `plain.dot_product_attention`. What a visibility asks for is honoured or
 refused; see `attention`. Tiles where nobody sees anybody are not computed: half of them, if causal.
@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from t5x_lite import sharding
-from t5x_lite.kernels.plain import ATTENDED, Visibility
+from t5x_lite.kernels import relative
+from t5x_lite.kernels.plain import ATTENDED, ByDistance, Visibility
 from t5x_lite.types import Array, InputError
 
 LANES = 128
@@ -27,32 +29,53 @@ def attention(
     key: Array,
     value: Array,
     visibility: Visibility,
-    bias: Array | None = None,
+    bias: Array | ByDistance | None = None,
     *,
     interpret: bool = False,
 ) -> Array:
-    """`dot_product_attention` without a bias, rows and heads each on the device that has them.
+    """`dot_product_attention`, rows and heads each on the device that has them.
 
     Args:
       query: `[b, q, h, d]`, scaled; key, value: `[b, k, h, d]`.
       visibility: packed segments, causality of places in order, a window.
-      bias: refused: splash has none.
+      bias: by distance alone, for rows of one length: T5's; or None.
       interpret: run the kernel's program by jax, anywhere, slowly; for tests.
 
-    Raises InputError for what the kernel can't do: a bias, a prefix (of tokens, or of tuning),
-    chosen places, lengths that 128 does not divide, and, unless interpreted, another machine.
+    Raises InputError for what the kernel can't do: another bias, a prefix (of tokens, or of
+    tuning), chosen places, lengths that 128 does not divide, and, unless interpreted, another machine.
     """
     _check(query, key, visibility, bias, interpret)
-    run = functools.partial(_rows, visibility=_Shape(visibility), interpret=interpret)
-    segments = visibility.query_segments, visibility.key_segments
-    if None in segments:
-        ones = (jnp.ones(x.shape[:2], jnp.int32) for x in (query, key))
-        segments = tuple(ones)
+    shape = _Shape(visibility)
+    segments = [visibility.query_segments, visibility.key_segments]
+    if any(ids is None for ids in segments):
+        segments = [jnp.ones(x.shape[:2], jnp.int32) for x in (query, key)]
     names = ("batch", None, "heads", None)
-    rows = ("batch", None)
-    mapped = sharding.on_shards(run, (names, names, names, rows, rows), names)
-    attended: Array = mapped(query, key, value, *segments)
+    inputs, arrays = [names] * 3 + [("batch", None)] * 2, [query, key, value, *segments]
+    if isinstance(bias, ByDistance):
+        inputs, arrays = [*inputs, ("heads", None)], [*arrays, bias.values]
+        run = functools.partial(_biased, causal=shape.causal, interpret=interpret)
+    else:
+        run = functools.partial(_rows, visibility=shape, interpret=interpret)
+    attended: Array = sharding.on_shards(run, inputs, names)(*arrays)
     return attended
+
+
+def _biased(
+    query: Array,
+    key: Array,
+    value: Array,
+    query_segments: Array,
+    key_segments: Array,
+    by_distance: Array,
+    *,
+    causal: bool,
+    interpret: bool,
+) -> Array:
+    """One device's rows and heads, with a bias by distance."""
+    by_head = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    segments = query_segments, key_segments
+    attended = relative.attend(*by_head, by_distance, *segments, causal, interpret)
+    return checkpoint_name(jnp.swapaxes(attended, 1, 2), ATTENDED)
 
 
 class _Shape:
@@ -105,10 +128,15 @@ def _tile(length: int) -> int:
 
 
 def _check(
-    query: Array, key: Array, visibility: Visibility, bias: Array | None, interpret: bool
+    query: Array,
+    key: Array,
+    visibility: Visibility,
+    bias: Array | ByDistance | None,
+    interpret: bool,
 ) -> None:
     refused = {
-        "a bias (T5's relative positions)": bias is not None,
+        "a bias that is not by distance": bias is not None and not isinstance(bias, ByDistance),
+        "a bias with a window": bias is not None and visibility.window is not None,
         "a prefix that is seen from everywhere": visibility.key_prefix is not None,
         "keys ahead of the row (prefix tuning)": visibility.ahead > 0,
         "places chosen one by one": visibility.allowed is not None,
@@ -121,6 +149,8 @@ def _check(
         raise InputError(
             f"StackConfig.attention='flash' can't do {' and '.join(asked)}: set it to 'plain'"
         )
+    if isinstance(bias, ByDistance) and query.shape[1] != key.shape[1]:
+        raise InputError("a bias by distance is of rows with as many keys as queries")
     for length in (query.shape[1], key.shape[1]):
         if length % LANES:
             raise InputError(

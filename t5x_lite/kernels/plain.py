@@ -61,6 +61,22 @@ class Visibility:
         return jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (self.ahead, 0)), constant_values=True)
 
 
+@flax.struct.dataclass
+class ByDistance:
+    """A bias that depends on the distance from query to key alone, for kernels that take no more.
+
+    `values [h, 2 l]`: place `l - 1 + distance` is for keys so far after the query, in rows of l.
+    """
+
+    values: Array
+
+    def dense(self) -> Array:
+        """The bias `[1, h, l, l]`."""
+        length = self.values.shape[-1] // 2
+        places = jnp.arange(length)
+        return self.values[None, :, places[None, :] - places[:, None] + length - 1]
+
+
 def dot_product_attention(
     query: Array, key: Array, value: Array, visibility: Visibility, bias: Array | None = None
 ) -> Array:

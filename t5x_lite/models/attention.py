@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite.kernels import flash
-from t5x_lite.kernels.plain import HIDDEN, Visibility, dot_product_attention, product
+from t5x_lite.kernels.plain import HIDDEN, ByDistance, Visibility, dot_product_attention, product
 from t5x_lite.models import cache as kv_cache
 from t5x_lite.models.cache import KeyValue
 from t5x_lite.models.config import StackConfig
@@ -143,7 +143,7 @@ class MultiHeadAttention(nn.Module):
         x: Array,
         key_value: tuple[Array, Array],
         visibility: Visibility,
-        bias: Array | None,
+        bias: Array | ByDistance | None,
         angles: Angles | None,
         deterministic: bool,
     ) -> Array:
@@ -163,8 +163,11 @@ class MultiHeadAttention(nn.Module):
             for part in key_value
         )
         value = self.drop(value, deterministic)
-        attend = flash.attention if config.attention == "flash" else dot_product_attention
-        attended = attend(query, key, value, visibility, bias)
+        if config.attention == "flash":
+            attended = flash.attention(query, key, value, visibility, bias)
+        else:
+            assert not isinstance(bias, ByDistance)
+            attended = dot_product_attention(query, key, value, visibility, bias)
         return self.out(constrain(attended, "batch", "length", "heads", "kv"))
 
     def cached(

@@ -58,7 +58,7 @@ class StackConfig:
     # all but the outputs of matrix products with weights ("dots").
     remat: str = "none"
     # The kernel of attention in training: "plain" on any machine, or "flash" on TPUs, in which
-    # nothing of size length x length reaches memory; it has no place for T5's relative positions.
+    # nothing of size length x length reaches memory; it wants rows of a multiple of 128 tokens.
     attention: Literal["plain", "flash"] = "plain"
 
     def __post_init__(self) -> None:
@@ -83,11 +83,6 @@ class StackConfig:
             for value in values:
                 if value not in known:
                     raise InputError(f"StackConfig.{name} has '{value}'; known: {known}")
-        if self.attention == "flash" and isinstance(self.positions, RelativeBias):
-            raise InputError(
-                "StackConfig.attention='flash' takes no bias, which RelativeBias positions add: "
-                "set attention='plain', or other positions"
-            )
         if not self.mlp_activations:
             raise InputError("StackConfig.mlp_activations is empty: expected at least one")
         if not 0.0 <= self.dropout < 1.0:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_lite.kernels.plain import ByDistance
 from t5x_lite.models import config_positions as config
 from t5x_lite.models import weights
 from t5x_lite.types import Array
@@ -64,28 +65,36 @@ class RelativeBias(nn.Module):
     bidirectional: bool
     param_dtype: Any
 
-    @nn.compact
     def __call__(self, query_places: Array, key_places: Array, dtype: Any) -> Array:
         """The bias `[1, h, q, k]`.
 
         Args: `query_places [q]` and `key_places [k]`, int32 places in the row. Where rows differ,
         `[b, q]` and `[b, k]`: the bias is `[b, h, q, k]` then.
         """
+        distance = key_places[..., None, :] - query_places[..., :, None]
+        bias = self._of(distance[None] if distance.ndim == 2 else distance, dtype)
+        return jnp.moveaxis(bias, -1, 1)
+
+    def by_distance(self, length: int) -> ByDistance:
+        """The same, float32, of rows whose places are in order."""
+        distance = jnp.arange(2 * length, dtype=jnp.int32) - (length - 1)
+        return ByDistance(self._of(distance, jnp.float32).T)
+
+    @nn.compact
+    def _of(self, distance: Array, dtype: Any) -> Array:
+        """A number a head: `[..., h]` of distances `[...]`."""
         init = nn.with_logical_partitioning(
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"), ("buckets", "heads")
         )
         shape = (self.config.num_buckets, self.num_heads)
         embedding = weights.parameter(self, "embedding", init, shape, self.param_dtype)
         bucket = relative_bucket(
-            key_places[..., None, :] - query_places[..., :, None],
+            distance,
             bidirectional=self.bidirectional,
             num_buckets=self.config.num_buckets,
             max_distance=self.config.max_distance,
         )
-        if bucket.ndim == 2:
-            bucket = bucket[None]
-        bias = weights.lookup(bucket, embedding, dtype)  # [1 or b, q, k, h]
-        return jnp.moveaxis(bias, -1, 1)
+        return weights.lookup(bucket, embedding, dtype)
 
 
 def sinusoids(positions: Array, embed_dim: int, max_period: float) -> Array:

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.kernels.plain import ATTENDED, Visibility
+from t5x_lite.kernels.plain import ATTENDED, ByDistance, Visibility
 from t5x_lite.models import cache as kv_cache
 from t5x_lite.models import layers, weights
 from t5x_lite.models import positions as places
@@ -88,7 +88,7 @@ class Layer(nn.Module):
         memory: Array | None,
         self_visibility: Visibility,
         memory_visibility: Visibility,
-        bias: Array | None,
+        bias: Array | ByDistance | None,
         angles: places.Angles | None,
         index: Array | None,
         deterministic: bool,
@@ -187,6 +187,8 @@ class Stack(nn.Module):
         `positions` and `token_types` are int32 `[b, l]`; None: 0, 1, 2, ..., and all of type 0.
         """
         config = self.config
+        if keeps or cache is not None:  # prompts have any length
+            config = dataclasses.replace(config, attention="plain")
         # Places of queries and keys in the row; under a cache the keys are all its places.
         query_places = key_places = jnp.arange(x.shape[1], dtype=jnp.int32)
         if positions is None:
@@ -204,7 +206,8 @@ class Stack(nn.Module):
         # A prefix takes the first positions of every text, as past keys do.
         prefix = prefix_length(self.variables.get("params", {}))
         x = self._embed(x, positions, token_types, prefix)
-        bias = angles = None
+        bias: Array | ByDistance | None = None
+        angles = None
         if isinstance(config.positions, RelativeBias):
             relative = places.RelativeBias(
                 config.positions,
@@ -213,38 +216,42 @@ class Stack(nn.Module):
                 self.param_dtype,
                 name="relative_bias",
             )
-            bias = relative(query_places, key_places, x.dtype)
-            if prefix:
-                # By place in the text and not in the row: packed texts are equally far from it.
-                ahead = jnp.arange(-prefix, 0, dtype=jnp.int32)[None]
-                ahead = relative(positions, ahead, x.dtype)
-                bias = jnp.broadcast_to(bias, (len(ahead), *bias.shape[1:]))
-                bias = jnp.concatenate([ahead, bias], axis=-1)
-            bias = constrain(bias, "batch" if len(bias) > 1 else None, "heads", None, None)
+            if config.attention == "flash" and not prefix:
+                bias = relative.by_distance(x.shape[1])
+            else:
+                dense = relative(query_places, key_places, x.dtype)
+                if prefix:
+                    # By place in the text, not in the row: packed texts are equally far from it.
+                    ahead = jnp.arange(-prefix, 0, dtype=jnp.int32)[None]
+                    ahead = relative(positions, ahead, x.dtype)
+                    dense = jnp.broadcast_to(dense, (len(ahead), *dense.shape[1:]))
+                    dense = jnp.concatenate([ahead, dense], axis=-1)
+                rows = "batch" if len(dense) > 1 else None
+                bias = constrain(dense, rows, "heads", None, None)
         if isinstance(config.positions, Rotary):
             angles = places.rotary_angles(config.positions, config.rotary_dim, positions, prefix)
 
         x = layers.Dropout(config.dropout, (-2,), name="drop_in")(x, deterministic)
         shared = visibility, memory_visibility, bias, angles
-        x, written = self._run(x, cache, memory, *shared, keeps, deterministic)
+        x, written = self._run(config, x, cache, memory, *shared, keeps, deterministic)
         if config.residual != "post":
             x = make_norm(config, self.param_dtype)("final_norm")(x)
         return layers.Dropout(config.dropout, (-2,), name="drop_out")(x, deterministic), written
 
     def _run(
         self,
+        config: StackConfig,
         x: Array,
         cache: Cache | None,
         memory: Array | None,
         visibility: Visibility,
         memory_visibility: Visibility,
-        bias: Array | None,
+        bias: Array | ByDistance | None,
         angles: places.Angles | None,
         keeps: bool,
         deterministic: bool,
     ) -> tuple[Array, tuple[LayerCache, ...] | None]:
         """`x` through the layers, in one loop, or one after the other if they are cached."""
-        config = self.config
         make = functools.partial(Layer, config, self.has_memory, self.param_dtype, self.stddev)
         shared = visibility, memory_visibility, bias, angles
         own = self.variables.get("params", {}).get("layers", {})

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite.kernels import flash
-from t5x_lite.kernels.plain import Visibility, dot_product_attention
-from t5x_lite.models.config import StackConfig
-from t5x_lite.models.config_positions import RelativeBias
+from t5x_lite.kernels import flash, relative
+from t5x_lite.kernels.plain import ByDistance, Visibility, dot_product_attention
+from t5x_lite.models.transformer import Transformer
 from t5x_lite.sharding import Partitioner
+from t5x_lite.train.step import Loss
 from t5x_lite.types import InputError
+from tests import common
 
 ROWS, LENGTH, HEADS, DIM = 2, 256, 2, 64
 PLACES = jnp.arange(LENGTH, dtype=jnp.int32)
@@ -34,6 +36,9 @@ CASES = {
 }
 
 
+BY_DISTANCE = jnp.asarray(np.random.default_rng(2).normal(size=(HEADS, 2 * LENGTH)), jnp.float32)
+
+
 def arrays(dtype, rows=ROWS):
     rng = np.random.default_rng(0)
     shape = (rows, LENGTH, HEADS, DIM)
@@ -41,46 +46,93 @@ def arrays(dtype, rows=ROWS):
     return query / DIM**0.5, key, value
 
 
-def both(attend, visibility, dtype):
-    """The result, and the gradients of some function of it."""
+def both(attend, visibility, dtype, *more):
+    """The result, and the gradients of some function of it: of the arrays, and of what is more."""
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(ROWS, LENGTH, HEADS, DIM)), dtype)
 
-    def loss(*qkv):
-        attended = attend(*qkv, visibility)
+    def loss(query, key, value, *more):
+        attended = attend(query, key, value, visibility, *more)
         return jnp.sum((attended * weights).astype(jnp.float32)), attended
 
-    (_, attended), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(
-        *arrays(dtype)
+    differentiated = tuple(range(3 + len(more)))
+    (_, attended), grads = jax.jit(jax.value_and_grad(loss, argnums=differentiated, has_aux=True))(
+        *arrays(dtype), *more
     )
     return attended, *grads
 
 
-def interpreted(query, key, value, visibility):
-    return flash.attention(query, key, value, visibility, interpret=True)
+def interpreted(query, key, value, visibility, by_distance=None):
+    bias = None if by_distance is None else ByDistance(by_distance)
+    return flash.attention(query, key, value, visibility, bias, interpret=True)
+
+
+def plain(query, key, value, visibility, by_distance):
+    bias = ByDistance(by_distance).dense()
+    return dot_product_attention(query, key, value, visibility, bias)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1e-4), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("name", CASES)
 def test_results_and_gradients_are_plain_attentions(name, dtype, most):
     found = both(interpreted, CASES[name], dtype)
-    expected = both(dot_product_attention, CASES[name], jnp.float32)
+    expected = both(dot_product_attention, CASES[name], dtype)
     for one, other in zip(found, expected, strict=True):
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
         scale = float(jnp.max(jnp.abs(other)))
-        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=most * scale, rtol=0)
+        np.testing.assert_allclose(one, other, atol=most * scale, rtol=0)
 
 
-def test_rows_and_heads_on_a_mesh():
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1e-4), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("name", ["bidirectional", "causal", "packed", "packed, causal"])
+@pytest.mark.parametrize("tile", [128, 256])
+def test_a_bias_by_distance_and_its_gradient(monkeypatch, name, dtype, most, tile):
+    """In one tile of the row, and in four, of which a causal query sees three."""
+    monkeypatch.setattr(relative, "_TILES", (tile,))
+    found = both(interpreted, CASES[name], dtype, BY_DISTANCE)
+    expected = both(plain, CASES[name], dtype, BY_DISTANCE)
+    for one, other in zip(found, expected, strict=True):
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+        scale = float(jnp.max(jnp.abs(other)))
+        np.testing.assert_allclose(one, other, atol=most * scale, rtol=0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_rows_and_heads_on_a_mesh(biased):
     partitioner = Partitioner(data=2, fsdp=2, model=2)
-    query, key, value = arrays(jnp.float32, rows=4)
+    qkv, bias = arrays(jnp.float32, rows=4), (BY_DISTANCE,) if biased else ()
     with partitioner.activate():
-        run = jax.jit(lambda *qkv: flash.attention(*qkv, CAUSAL, interpret=True))
-        found = run(query, key, value)
-    expected = dot_product_attention(query, key, value, CAUSAL)
+        found = jax.jit(lambda *all_: interpreted(*all_[:3], CAUSAL, *all_[3:]))(*qkv, *bias)
+    expected = (plain if biased else dot_product_attention)(*qkv, CAUSAL, *bias)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_model_computes_the_same(monkeypatch, family):
+    """With two texts in a row, loss and all gradients, the bias's table among them."""
+    config = common.T5 if family == "t5" else common.FAMILIES[family]
+    params = jax.tree.map(jnp.asarray, common.host_params(config))
+    batch = common.random_batch(config, rows=2, encoder=128, decoder=128)
+    monkeypatch.setattr(flash, "attention", functools.partial(flash.attention, interpret=True))
+
+    def run(attention):
+        model = Transformer(common.with_stacks(config, attention=attention))
+
+        def loss(params):
+            sums = Loss().of(model, params, batch)
+            return sums["loss"] / sums["weight"]
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-3),
+        run("flash"),
+        run("plain"),
+    )
+
+
 REFUSED = {
-    "a bias": (Visibility(), jnp.zeros((1, HEADS, LENGTH, LENGTH))),
+    "not by distance": (Visibility(), jnp.zeros((1, HEADS, LENGTH, LENGTH))),
+    "a bias with a window": (dataclasses.replace(CAUSAL, window=3), ByDistance(BY_DISTANCE)),
     "seen from everywhere": (dataclasses.replace(CAUSAL, key_prefix=SEGMENTS), None),
     "ahead of the row": (Visibility(ahead=3), None),
     "one by one": (Visibility(allowed=jnp.ones((ROWS, LENGTH, LENGTH), bool)), None),
@@ -102,8 +154,3 @@ def test_other_machines_and_lengths_are_refused():
     short = (x[:, :100] for x in arrays(jnp.float32))
     with pytest.raises(InputError, match="a multiple of 128 tokens, not 100"):
         flash.attention(*short, Visibility(), interpret=True)
-    with pytest.raises(InputError, match="takes no bias"):
-        StackConfig(
-            num_layers=1, num_heads=1, head_dim=8, mlp_dim=8,
-            positions=RelativeBias(), attention="flash",
-        )  # fmt: skip
