@@ -21,6 +21,7 @@ from t5x_lite.kernels.plain import ATTENDED, ByDistance, Visibility
 from t5x_lite.types import Array, InputError
 
 LANES = 128
+_FUSED = 4096  # the longest row of keys whose backward pass is one kernel
 _TILES = (1024, 512, 256, 128)  # the largest that divides a length is used
 
 
@@ -104,6 +105,8 @@ def _rows(
         if visibility.window is not None:
             mask = masks.LocalMask(lengths, (visibility.window - 1, 0), 0)
     own, others = map(_tile, lengths)
+    # The fused kernel is faster, and keeps a part of query's gradient for each tile of keys.
+    fused = lengths[1] <= _FUSED
     kernel = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(
@@ -113,7 +116,9 @@ def _rows(
             block_q_dkv=own,
             block_kv_dkv=others,
             block_kv_dkv_compute=min(others, 512),
-            use_fused_bwd_kernel=True,
+            use_fused_bwd_kernel=fused,
+            block_q_dq=None if fused else own,
+            block_kv_dq=None if fused else others,
         ),
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,

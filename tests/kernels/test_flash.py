@@ -154,3 +154,12 @@ def test_other_machines_and_lengths_are_refused():
     short = (x[:, :100] for x in arrays(jnp.float32))
     with pytest.raises(InputError, match="a multiple of 128 tokens, not 100"):
         flash.attention(*short, Visibility(), interpret=True)
+
+
+def test_the_backward_pass_of_long_rows(monkeypatch):
+    """Two kernels in place of the fused one."""
+    monkeypatch.setattr(flash, "_FUSED", 128)
+    found = both(interpreted, CASES["packed, causal"], jnp.float32)
+    expected = both(dot_product_attention, CASES["packed, causal"], jnp.float32)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.max(jnp.abs(other))))
