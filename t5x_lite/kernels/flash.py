@@ -43,7 +43,7 @@ def attention(
       interpret: run the kernel's program by jax, anywhere, slowly; for tests.
 
     Raises InputError for what the kernel can't do: another bias, a prefix (of tokens, or of
-    tuning), chosen places, lengths that 128 does not divide, and, unless interpreted, another machine.
+    tuning), chosen places, lengths that 128 does not divide, and, if not interpreted, no TPU.
     """
     _check(query, key, visibility, bias, interpret)
     shape = _Shape(visibility)

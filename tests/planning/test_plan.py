@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from t5x_lite import sharding
+from t5x_lite.kernels import flash
+from t5x_lite.kernels.plain import ByDistance, Visibility, dot_product_attention
 from t5x_lite.models import flops
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.models.config_positions import Rotary
@@ -133,6 +136,42 @@ def test_flash_attention_keeps_logits_out_of_memory(tmp_path):
     kind = "activations, gradients and temporaries"
     logits = 2 * 4 * 512 * 512 * 4  # of two rows a chip, float32
     assert flash.memory[kind] < plain.memory[kind] - logits
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_kernels_keep_nothing_of_length_squared(biased):
+    """Temporaries of attention and its gradients in HBM, of one row and eight heads."""
+
+    def temporaries(length, attend):
+        def loss(query, key, value, values, segments):
+            places = jnp.arange(length)
+            visibility = Visibility(
+                segments, segments, query_places=places, key_places=places, in_order=True
+            )
+            bias = ByDistance(values) if biased else None
+            return jnp.sum(attend(query, key, value, visibility, bias).astype(jnp.float32))
+
+        with sharding.described(SLICE.devices()[:1]):
+            partitioner = Partitioner()
+
+            def struct(shape, dtype):
+                return jax.ShapeDtypeStruct(shape, dtype, sharding=partitioner.replicated)
+
+            row = struct((1, length, 8, 64), jnp.bfloat16)
+            values = struct((8, 2 * length), jnp.float32)
+            grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+            with partitioner.activate():
+                lowered = grad.lower(row, row, row, values, struct((1, length), jnp.int32))
+            return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    def plain(query, key, value, visibility, bias):
+        dense = None if bias is None else bias.dense()
+        return dot_product_attention(query, key, value, visibility, dense)
+
+    squared = 8 * 2048 * 2048 * 2  # a byte pair for each logit
+    assert temporaries(2048, plain) > squared
+    found = [temporaries(length, flash.attention) for length in (512, 2048, 8192)]
+    assert max(found) < squared / 4, found
 
 
 def test_what_cannot_be_planned_says_so(tmp_path):
