@@ -110,7 +110,7 @@ def test_the_defaults_are_those_of_the_classes():
             name, value = line.split(" = ")
             bound[name] = value
     kinds = (ModelConfig, StackConfig, LMHead, *config_positions.CLASSES[:4])
-    how = {"dtype", "param_dtype", "remat", "unroll"}
+    how = {"dtype", "param_dtype", "remat", "unroll", "attention"}
     expected = {
         f"{kind.__name__}.{field.name}": field.default
         for kind in kinds
