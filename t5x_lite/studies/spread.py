@@ -28,9 +28,10 @@ class Spread:
     high: float
 
     def __str__(self) -> str:
+        places = 1 if abs(self.mean) >= 10 else 2  # percents, and losses in nats
         if math.isnan(self.low):
-            return f"{self.mean:.1f}"
-        return f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
+            return f"{self.mean:.{places}f}"
+        return f"{self.mean:.{places}f} ({self.low:.{places}f} to {self.high:.{places}f})"
 
 
 def spread(values: Sequence[float], level: float = 0.95) -> Spread:

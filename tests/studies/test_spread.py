@@ -28,6 +28,6 @@ def test_it_holds_the_mean_in_so_many_cases():
 
 def test_one_value_has_no_interval_and_none_is_an_error():
     found = spread([4.0])
-    assert (found.mean, math.isnan(found.low), str(found)) == (4.0, True, "4.0")
+    assert (found.mean, math.isnan(found.low), str(found)) == (4.0, True, "4.00")
     with pytest.raises(InputError, match="expected one a seed"):
         spread([])
