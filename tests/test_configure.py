@@ -359,6 +359,17 @@ def test_dry_run_prints_and_does_not_run(
     assert "Next would come toy_train with" in out
 
 
+def toy_plan(*, model_dir: str, total_steps: int, topology: str = "here") -> None:
+    ran.append({"model_dir": model_dir, "total_steps": total_steps, "topology": topology})
+
+
+def test_a_program_takes_the_files_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own bindings win; parameters that it does not have are left out."""
+    argv = ("--gin_file=run.gin", "--gin.MODEL_DIR=/tmp/x", "--gin.toy_plan.total_steps=7")
+    assert launch(monkeypatch, *argv, function=toy_plan, like=toy_train) == 0
+    assert ran == [{"model_dir": "/tmp/x", "total_steps": 7, "topology": "here"}]
+
+
 def test_a_binding_without_effect_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
