@@ -4,6 +4,10 @@ from tests import xla
 
 xla.prepare(devices=8)
 
+# These define absl flags when they are imported: within a test that puts flags back as they were,
+# they would be lost to all that come after it.
+import array_record.python.array_record_data_source as array_record  # noqa: E402, F401
+import grain  # noqa: E402, F401
 import jax  # noqa: E402 (after the flags it reads)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
