@@ -20,7 +20,6 @@ from t5x_lite.kernels import relative
 from t5x_lite.kernels.plain import ATTENDED, ByDistance, Visibility
 from t5x_lite.types import Array, InputError
 
-LANES = 128
 _FUSED = 4096  # the longest row of keys whose backward pass is one kernel
 _TILES = (1024, 512, 256, 128)  # the largest that divides a length is used
 
@@ -157,9 +156,9 @@ def _check(
     if isinstance(bias, ByDistance) and query.shape[1] != key.shape[1]:
         raise InputError("a bias by distance is of rows with as many keys as queries")
     for length in (query.shape[1], key.shape[1]):
-        if length % LANES:
+        if length % relative.LANES:
             raise InputError(
-                f"StackConfig.attention='flash' wants rows of a multiple of {LANES} tokens, not "
+                f"StackConfig.attention='flash' wants rows of a multiple of {relative.LANES} tokens, not "
                 f"{length}: make them longer, or set it to 'plain'"
             )
     if not interpret and sharding.platform() != "tpu":
