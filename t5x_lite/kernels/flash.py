@@ -158,8 +158,8 @@ def _check(
     for length in (query.shape[1], key.shape[1]):
         if length % relative.LANES:
             raise InputError(
-                f"StackConfig.attention='flash' wants rows of a multiple of {relative.LANES} tokens, not "
-                f"{length}: make them longer, or set it to 'plain'"
+                f"StackConfig.attention='flash' wants rows of a multiple of "
+                f"{relative.LANES} tokens, not {length}: make them longer, or set it to 'plain'"
             )
     if not interpret and sharding.platform() != "tpu":
         raise InputError(
