@@ -244,8 +244,7 @@ def _logits(
     """A tile's logits, float32 `[t, t]`."""
     # Line r, column c want place (j t + c) - (i t + r) + l - 1; the row begins t - 1 before r = 0.
     place = pl.ds(pl.multiple_of((j - i) * tile + length - tile, LANES), 2 * tile)
-    row = jnp.broadcast_to(bias[0, :1, place], (tile, 2 * tile))
-    toeplitz = pltpu.roll(row, tile + 1, 1, stride=1, stride_axis=0)[:, :tile]
+    toeplitz = _toeplitz(bias[0, :, place])
     logits = _dot(q[0, 0], k[0, 0], over_columns=True) + toeplitz
     own, others = q_segments[0, :, :1], k_segments[0, :1, :]
     visible = own == others
@@ -262,6 +261,22 @@ def _weights(logits: Array, v: Any, gradient: Any, sums: Any, means: Any) -> tup
     d_weights = _dot(gradient[0, 0], v[0, 0], over_columns=True)
     d_logits = weights * (d_weights - means[0, 0].T[:, :1])
     return weights, jnp.where(logits <= HIDDEN, 0.0, d_logits)
+
+
+def _toeplitz(rows: Array) -> Array:
+    """A tile `[t, t]` from one row of numbers `[8, 2 t]`, which is there once a line.
+
+    Line r has gone on by r places: of so many lines as there are, the next as many are the same,
+    rolled by their number. (One roll with a stride would do, but not on a v4.)
+    """
+    size = rows.shape[1] // 2
+    lines = pltpu.roll(rows, size + 1, 1)
+    number = jax.lax.broadcasted_iota(jnp.int32, lines.shape, 0)
+    for bit in (1, 2, 4):
+        lines = jnp.where(number & bit != 0, pltpu.roll(lines, bit, 1), lines)
+    while len(lines) < size:
+        lines = jnp.concatenate([lines, pltpu.roll(lines, len(lines), 1)], axis=0)
+    return lines[:, :size]
 
 
 def _diagonals(tile: Array) -> Array:
