@@ -155,14 +155,13 @@ def _elements(shape: str) -> int:
     return math.prod(int(n) for n in match[1].split(",") if n) if match else 0
 
 
-def nbytes(shape: str, largest: bool = False) -> int:
-    """Bytes of a shape's text, all parts of a tuple together, or of the largest of them."""
-    sizes = [
+def nbytes(shape: str) -> int:
+    """Bytes of a shape's text, all parts of a tuple together."""
+    return sum(
         _BYTES[kind] * math.prod(int(n) for n in sides.split(",") if n)
         for kind, sides in re.findall(r"(\w+)\[([\d,]*)\]", shape)
         if kind in _BYTES
-    ]
-    return max(sizes, default=0) if largest else sum(sizes)
+    )
 
 
 @dataclass
@@ -213,6 +212,7 @@ class Machine:
     hbm_bandwidth: float
     chips: int
     ring_bandwidth: Callable[[int], float]  # of a collective among so many, bytes a second
+    cautious: bool = False
 
     def seconds(self, program: Program, shapes: Mapping[str, str], line: Instruction) -> float:
         """What an operation takes.
@@ -220,13 +220,16 @@ class Machine:
         Products: the compiler's cycles, and no less than their operations at the chip's peak. What
         its cost model does not cover, elementwise loops and copies: bytes to and from HBM at full
         bandwidth, if that is less than the cycles. Kernels: the greater of both rooflines.
+
+        `cautious`: the compiler's cycles for everything, and kernels at half of their rooflines.
         """
         moved = sum(map(_hbm, (line.shape, *(shapes.get(name, "") for name in line.operands))))
         if line.opcode == "custom-call" and "tpu_custom_call" in line.rest:
-            return max(_kernel_flops(line, shapes) / self.flops, moved / self.hbm_bandwidth)
+            roof = max(_kernel_flops(line, shapes) / self.flops, moved / self.hbm_bandwidth)
+            return 2 * roof if self.cautious else roof
         least = program.product_flops(line, shapes) / self.flops
         seconds = line.cycles / self.clock
-        if not line.modelled:
+        if not line.modelled and not self.cautious:
             seconds = min(seconds, moved / self.hbm_bandwidth)
         return max(seconds, least)
 
@@ -318,7 +321,7 @@ def _sent(line: Instruction, machine: Machine) -> tuple[Traffic, float]:
     """What each chip sends round a ring in a collective, and how long that takes."""
     kind = line.opcode.removesuffix("-start")
     group = line.group or machine.chips
-    size = nbytes(line.shape, largest=True) * (group if kind == "reduce-scatter" else 1)
+    size = nbytes(_results(line)) * (group if kind == "reduce-scatter" else 1)
     if kind == "collective-permute":  # to a neighbour, over one link
         sent, speed = float(size), machine.ring_bandwidth(2) / 2
     else:
@@ -326,6 +329,23 @@ def _sent(line: Instruction, machine: Machine) -> tuple[Traffic, float]:
         sent = (2 if kind == "all-reduce" else 1) * share * size
         speed = machine.ring_bandwidth(group)
     return Traffic(kind, 1, sent, sent / speed), sent / speed
+
+
+def _results(line: Instruction) -> str:
+    """The shapes that a collective ends with: several arrays go together, as a tuple.
+
+    What starts a gather or an exchange has what it sends in front of them: `(sent, results, ...)`.
+    """
+    if line.opcode not in ("all-gather-start", "collective-permute-start"):
+        return line.shape
+    depth, parts = 0, [""]
+    for character in line.shape.strip()[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0 and character == ",":
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts[1] if len(parts) > 1 else line.shape
 
 
 def short(source: str) -> str:
