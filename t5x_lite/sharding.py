@@ -96,7 +96,15 @@ class Partitioner:
                 ".fsdp, .model to -1 to take what is left"
             )
         types = (jax.sharding.AxisType.Auto,) * len(sizes)
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=described)
+        try:
+            return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=described)
+        except NotImplementedError as error:
+            places = [device.coords for device in described or jax.devices()]
+            sides = "x".join(str(max(side) + 1) for side in zip(*places, strict=True))
+            raise InputError(
+                f"mesh {'x'.join(map(str, sizes))} (data x fsdp x model): every axis must be a side "
+                f"of the slice's torus, {sides}, or a product of sides"
+            ) from error
 
     def spec(self, names: Names, shape: Sequence[int] | None = None, what: str = "array") -> Any:
         """The `PartitionSpec` for axes named `names` (None: not split).

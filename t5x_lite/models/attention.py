@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.kernels import flash
 from t5x_lite.kernels.plain import HIDDEN, ByDistance, Visibility, dot_product_attention, product
@@ -19,7 +20,7 @@ from t5x_lite.models.cache import KeyValue
 from t5x_lite.models.config import StackConfig
 from t5x_lite.models.layers import Dense, Dropout
 from t5x_lite.models.positions import Angles, rotate
-from t5x_lite.models.weights import prefix_rows
+from t5x_lite.models.weights import PROJECTED, prefix_rows
 from t5x_lite.sharding import constrain
 from t5x_lite.types import Array
 
@@ -136,7 +137,7 @@ class MultiHeadAttention(nn.Module):
         key, value = self.key(memory), self.value(memory)
         if angles is not None:
             key = rotate(key, angles)
-        return constrain(key, *names), constrain(value, *names)
+        return checkpoint_name(constrain(key, *names), PROJECTED), constrain(value, *names)
 
     def __call__(
         self,
@@ -205,4 +206,5 @@ class MultiHeadAttention(nn.Module):
         scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         if scale != 1.0:
             query = query * jnp.asarray(scale, query.dtype)
-        return constrain(query, "batch", "length", "heads", "kv")
+        # What attention reads is kept where projections are, so that it is not turned again.
+        return checkpoint_name(constrain(query, "batch", "length", "heads", "kv"), PROJECTED)
