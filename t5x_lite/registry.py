@@ -37,7 +37,7 @@ from t5x_lite.peft import (
     quantise,
     transform,
 )
-from t5x_lite.planning import plan
+from t5x_lite.planning import request, search
 from t5x_lite.serving import serve
 from t5x_lite.sharding import Partitioner
 from t5x_lite.studies import cloze, demo, forgetting, skipgram, transfer, trials, word2vec, words
@@ -118,7 +118,8 @@ CONFIGURABLES: Final[tuple[Callable[..., Any], ...]] = (
     layouts.as_encoder,
     layouts.as_decoder,
     layouts.as_prefix_lm,
-    plan.BatchShape,
+    request.BatchShape,
+    search.Search,
     tasks.Task,
     tasks.Mixture,
     tasks.Chunks,

@@ -102,8 +102,8 @@ class Partitioner:
             places = [device.coords for device in described or jax.devices()]
             sides = "x".join(str(max(side) + 1) for side in zip(*places, strict=True))
             raise InputError(
-                f"mesh {'x'.join(map(str, sizes))} (data x fsdp x model): every axis must be a side "
-                f"of the slice's torus, {sides}, or a product of sides"
+                f"mesh {'x'.join(map(str, sizes))} (data x fsdp x model): every axis must be a "
+                f"side of the slice's torus, {sides}, or a product of sides"
             ) from error
 
     def spec(self, names: Names, shape: Sequence[int] | None = None, what: str = "array") -> Any:

@@ -21,7 +21,9 @@ from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Full
 from t5x_lite.planning import hlo
 from t5x_lite.planning.chips import Slice
-from t5x_lite.planning.plan import BatchShape, plan
+from t5x_lite.planning.plan import plan
+from t5x_lite.planning.request import BatchShape
+from t5x_lite.planning.search import Search
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train.optim import AdamW
 from t5x_lite.types import InputError
@@ -117,6 +119,55 @@ def test_a_step_is_planned(tmp_path, capsys):
     assert record["fits"]
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("fits", "chip-hours", "Method:"))
+
+
+def test_evaluating_and_decoding_are_planned(tmp_path, capsys):
+    found = {step: made(tmp_path, step=step, new_tokens=8) for step in ("train", "eval", "decode")}
+    assert found["eval"].flops == found["train"].flops / 3
+    assert found["eval"].memory["optimizer state"] == 0
+    assert found["eval"].step_seconds < found["train"].step_seconds / 2
+    assert found["decode"].tokens == 8 * 8
+    assert found["decode"].flops == flops.forward_flops(MODEL, (0, 0), (8, 512 + 8))
+    more = made(tmp_path, step="decode", new_tokens=72)
+    once = [plan.step_seconds - plan.exposed_seconds for plan in (found["decode"], more)]
+    assert once[1] > 1.5 * once[0]  # each token of the 64 more reads every weight
+    shown = capsys.readouterr().out
+    assert all(f"{what} a batch, estimated:" in shown for what in ("Evaluation of", "Decoding"))
+    encoder = ModelConfig(vocab_size=4096, embed_dim=512, encoder=STACK, dtype="bfloat16")
+    with pytest.raises(InputError, match="no decoder to write with"):
+        plan(
+            topology="v5e:2x2", model=encoder, optimizer=AdamW(1e-3), step="decode",
+            batch=BatchShape(rows=8, encoder=512, masked=8),
+        )  # fmt: skip
+
+
+def test_a_search_ranks_what_fits(tmp_path, capsys):
+    tries = Search(model=(1, 8), remat=("none", "full"), microbatches=(1,))
+    found = made(tmp_path, search=True, tries=tries)
+    record = json.loads((tmp_path / "plan.json").read_text())
+    seconds = [one["cautious_seconds"] for one in record["tried"]]
+    assert seconds == sorted(seconds)
+    assert record["tried"][0]["step_seconds"] == record["step_seconds"] == found.step_seconds
+    # Four chips cut in three ways; the first remat fits, and 8 does not divide them.
+    meshes = {one["mesh"] for one in record["tried"]}
+    assert meshes == {f"data {4 // n} x fsdp {n} x model 1" for n in (1, 2, 4)}
+    assert {one["remat"] for one in record["tried"]} == {"none"}
+    assert "Tried, by the cautious estimate" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_says_by_how_much(tmp_path):
+    wide = dataclasses.replace(STACK, num_layers=48, mlp_dim=16384, num_heads=32)
+    large = dataclasses.replace(MODEL, embed_dim=4096, decoder=wide)
+    arguments = {"topology": "v5e:2x2", "optimizer": AdamW(1e-3), "seed": 0}
+    batch = BatchShape(rows=4, decoder=512)
+    with pytest.raises(InputError, match=r"before it computes takes \d+\.\d GiB of 16"):
+        plan(model=large, batch=batch, **arguments)
+    with pytest.raises(InputError, match="nothing that was tried fits v5e:2x2"):
+        plan(model=large, batch=batch, search=True, tries=Search(model=(1,)), **arguments)
+    many = BatchShape(rows=512, decoder=2048)
+    unsaving = dataclasses.replace(MODEL, decoder=dataclasses.replace(STACK, remat="none"))
+    with pytest.raises(InputError, match=r"does not fit: it takes [\d.]+G of"):
+        plan(model=unsaving, batch=many, **arguments)
 
 
 def test_loras_collectives_are_of_its_own_size(tmp_path):
