@@ -191,8 +191,9 @@ class Request:
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
-                takes = f": it takes {used[1]} of {used[2]}" if used else ""
+                # "... (38.49G) exceeds available HBM (15.75G)", or "Used 20G of 15.75G hbm"
+                sizes = re.findall(r"\b([\d.]+)G\b", str(error))
+                takes = f": it takes {sizes[0]} GiB of {sizes[1]}" if len(sizes) > 1 else ""
                 raise DoesNotFit(
                     f"{self.slice}: the step does not fit{takes}: {_REMEDIES}"
                 ) from error

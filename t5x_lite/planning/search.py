@@ -11,7 +11,7 @@ from rich.console import Console
 
 from t5x_lite.models.config import REMAT_POLICIES, ModelConfig
 from t5x_lite.planning.request import DoesNotFit, Plan, Request
-from t5x_lite.sharding import Partitioner
+from t5x_lite.sharding import MESH_AXES, Partitioner
 from t5x_lite.types import InputError
 
 
@@ -62,7 +62,7 @@ class Tried:
 
     def record(self) -> dict[str, Any]:
         return {
-            "mesh": self.mesh,
+            "mesh": {axis: getattr(self.partitioner, axis) for axis in MESH_AXES},
             "remat": self.remat,
             "microbatches": self.microbatches,
             "reason": self.reason,

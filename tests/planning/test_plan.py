@@ -149,8 +149,8 @@ def test_a_search_ranks_what_fits(tmp_path, capsys):
     assert seconds == sorted(seconds)
     assert record["tried"][0]["step_seconds"] == record["step_seconds"] == found.step_seconds
     # Four chips cut in three ways; the first remat fits, and 8 does not divide them.
-    meshes = {one["mesh"] for one in record["tried"]}
-    assert meshes == {f"data {4 // n} x fsdp {n} x model 1" for n in (1, 2, 4)}
+    meshes = {tuple(one["mesh"].values()) for one in record["tried"]}
+    assert meshes == {(4 // n, n, 1) for n in (1, 2, 4)}
     assert {one["remat"] for one in record["tried"]} == {"none"}
     assert "Tried, by the cautious estimate" in capsys.readouterr().out
 
@@ -159,14 +159,20 @@ def test_what_does_not_fit_says_by_how_much(tmp_path):
     wide = dataclasses.replace(STACK, num_layers=48, mlp_dim=16384, num_heads=32)
     large = dataclasses.replace(MODEL, embed_dim=4096, decoder=wide)
     arguments = {"topology": "v5e:2x2", "optimizer": AdamW(1e-3), "seed": 0}
-    batch = BatchShape(rows=4, decoder=512)
+    batch = BatchShape(rows=8, decoder=512)
     with pytest.raises(InputError, match=r"before it computes takes \d+\.\d GiB of 16"):
         plan(model=large, batch=batch, **arguments)
     with pytest.raises(InputError, match="nothing that was tried fits v5e:2x2"):
-        plan(model=large, batch=batch, search=True, tries=Search(model=(1,)), **arguments)
+        plan(
+            model=large,
+            batch=batch,
+            search=True,
+            tries=Search(model=(1,), remat=("full",)),
+            **arguments,
+        )
     many = BatchShape(rows=512, decoder=2048)
     unsaving = dataclasses.replace(MODEL, decoder=dataclasses.replace(STACK, remat="none"))
-    with pytest.raises(InputError, match=r"does not fit: it takes [\d.]+G of"):
+    with pytest.raises(InputError, match=r"does not fit: it takes [\d.]+ GiB of"):
         plan(model=unsaving, batch=many, **arguments)
 
 
