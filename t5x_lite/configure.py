@@ -30,6 +30,7 @@ import shutil
 import sys
 import textwrap
 import tokenize
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -328,7 +329,16 @@ def main(function: Configurable, *, like: Configurable | None = None, **given: A
         if rest[1:]:
             print(f"error: unexpected '{rest[1]}': gin files go after --gin_file=", file=sys.stderr)
             return 2
-        return commandline.exit_code(body)
+        try:
+            code = commandline.exit_code(body)
+        except Exception:
+            if distributed.started() is not None:
+                traceback.print_exc()
+                distributed.leave(1)
+            raise
+        if code:
+            distributed.leave(code)
+        return code
 
     def help_text(everything: bool) -> str:
         register()

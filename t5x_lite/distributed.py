@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -29,6 +30,7 @@ _RETRY_SECONDS: Final = 0.2
 _HELLO_SECONDS: Final = 5.0  # for a line from whoever has called
 _GRACE_SECONDS: Final = 10.0  # process 0 may have been started so much later
 _METADATA_TRIES: Final = 3
+_LAST_WORDS_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Process:
     @property
     def name(self) -> str:
         return f"process {self.index} of {self.count}"
+
+
+_started: Process | None = None  # as jax has its own, for the whole of this process
 
 
 def from_flags(
@@ -155,6 +160,7 @@ def start(process: Process | None, timeout: float = 300, agreed: str = "") -> No
     Raises:
       InputError: in every process that has come, if some haven't by then, or don't agree.
     """
+    global _started
     if process is None or process.count == 1:
         return
     if process.index == 0:
@@ -174,6 +180,27 @@ def start(process: Process | None, timeout: float = 300, agreed: str = "") -> No
         )
     except RuntimeError as error:
         raise InputError(f"{process.name} can't join at {process.coordinator}: {error}") from error
+    _started = process
+
+
+def started() -> Process | None:
+    """The process that `start` has made this one; None: it is alone."""
+    return _started
+
+
+def leave(code: int) -> None:
+    """Ends this process at once with an exit code, if it is one of several; else does nothing.
+
+    For one that has failed. jax would have it wait minutes for the others to finish, which wait for
+    it; so they see at once that it has gone, and end too.
+    """
+    if _started is None:
+        return
+    if _started.index == 0:
+        time.sleep(_LAST_WORDS_SECONDS)  # without process 0 they end in the middle of theirs
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _call_roll(process: Process, timeout: float, agreed: str) -> None:

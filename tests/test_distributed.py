@@ -145,6 +145,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(index)
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(distributed, "_started", None)
     return found
 
 
@@ -172,6 +173,8 @@ def test_one_process_alone_waits_for_nobody(joined: list[int]) -> None:
     distributed.start(None)
     distributed.start(Process("nowhere.invalid:1", 1, 0))
     assert joined == []
+    assert distributed.started() is None
+    distributed.leave(1)  # which is for one of several
 
 
 def test_who_is_missing_is_said_to_all(joined: list[int]) -> None:

@@ -34,7 +34,10 @@ bible_text/Task.source = @TextSource()
 TextSource.files = {'train': 'train.txt', 'test': 'test.txt'}
 Chunks.window = 8
 held_out/EvaluationBatches.limit = 21
-train/Batches.batch_size = 16
+import recorded
+train.batches = @train/Recorded()
+train/Recorded.task = %%BIBLE_TEXT
+train/Recorded.batch_size = 16
 ModelConfig.vocab_size = 384
 ModelConfig.embed_dim = 32
 StackConfig.num_layers = 1
@@ -42,6 +45,26 @@ StackConfig.mlp_dim = 64
 FactorSchedule.warmup_steps = 1
 CheckpointPolicy.keep = 2
 train.log_period = 1
+"""
+# Writes down which rows of a batch a process loads.
+RECORDED = """
+import dataclasses
+
+import jax
+
+from t5x_lite import configure
+from t5x_lite.data.pipeline import ALL_ROWS, Batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded(Batches):
+    def batch(self, step, rows=ALL_ROWS):
+        with open(f"rows-{jax.process_index()}", "a") as file:
+            file.write(f"{rows.start}:{rows.stop} ")
+        return super().batch(step, rows)
+
+
+configure.register([Recorded])
 """
 BYTES = "VOCABULARY = @ByteVocabulary()\n"  # which has T5's sentinels, and no file
 
@@ -54,6 +77,7 @@ def folder(tmp_path_factory):
     for name, lines in (("train", 200), ("test", 20)):
         drawn = rng.choice(words, (lines, 12))
         (path / f"{name}.txt").write_text("\n".join(" ".join(line) for line in drawn) + "\n")
+    (path / "recorded.py").write_text(RECORDED)
     train_byte_level([" ".join(words)] * 20, path / "vocabulary.json", vocab_size=300)
     for family in ("bert", "gpt", "t5"):
         text = GIN % {"family": family} + (BYTES if family == "t5" else "")
@@ -64,9 +88,11 @@ def folder(tmp_path_factory):
 def train(folder, family, run, *flags, processes=1, devices=8):
     """The records of the run's metrics; `devices` are those of all processes."""
     port = free_port()
+    for file in folder.glob("rows-*"):
+        file.unlink()
     env = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": xla.flags(devices // processes),
     }
@@ -92,6 +118,10 @@ def train(folder, family, run, *flags, processes=1, devices=8):
     for index, (process, (_, stderr)) in enumerate(zip(started, ended, strict=True)):
         assert process.returncode == 0, f"process {index}: {stderr[-3000:]}"
         assert (f"Done: {run}" in stderr) == (index == 0), "process 0 alone says what happens"
+        rows = 16 // processes
+        # All read the first row, to check that the parts fit.
+        asked = set((folder / f"rows-{index}").read_text().split()) - {"0:1"}
+        assert asked == {f"{index * rows}:{(index + 1) * rows}"}, "each loads its own rows alone"
     lines = (folder / run / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -129,12 +159,67 @@ def test_two_processes_go_on_from_what_one_wrote(folder):
     assert_same(train(folder, "gpt", "gpt/whole", *DATA, processes=2), one)
 
 
+# One process fails by itself, while the other waits for it in a collective.
+FAILS = """
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+import jax
+from t5x_lite import configure
+from t5x_lite.types import InputError
+
+
+def fail(*, foreseen: bool):
+    process_allgather(np.ones(3))
+    if jax.process_index() == 1:
+        raise InputError("only here") if foreseen else ValueError("only here")
+    process_allgather(np.ones(4))
+
+
+if __name__ == "__main__":
+    configure.main(fail)
+"""
+
+
+@pytest.mark.parametrize(("foreseen", "code"), [("True", 2), ("False", 1)])
+@pytest.mark.slow
+def test_when_one_process_fails_the_others_end_at_once(tmp_path, foreseen, code):
+    (tmp_path / "fail.py").write_text(FAILS)
+    command = [sys.executable, "fail.py", f"--gin.fail.foreseen={foreseen}", "--num_processes=2"]
+    command += [f"--coordinator=127.0.0.1:{free_port()}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    zero, one = (
+        subprocess.Popen(
+            [*command, f"--process_id={index}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=tmp_path,
+        )
+        for index in range(2)
+    )
+    try:
+        _, said = one.communicate(timeout=120)
+        zero.communicate(timeout=60)  # jax by itself: 300 seconds
+    finally:
+        for process in (zero, one):
+            process.kill()
+    assert one.returncode == code
+    assert "only here" in said
+    assert zero.returncode not in (0, None)
+
+
 def test_a_host_that_does_not_come_is_waited_for_so_long(folder):
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--gin_file=gpt.gin"]
     command += [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_id=0"]
     done = subprocess.run(
         [*command, "--process_timeout=1"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+            "JAX_PLATFORMS": "cpu",
+        },
         cwd=folder,
         capture_output=True,
         text=True,
