@@ -20,6 +20,18 @@ flags.DEFINE_multi_string(
 )
 flags.DEFINE_list("gin_search_paths", [], "More folders to look for gin files in: A,B.")
 flags.DEFINE_boolean("dry_run", False, "Only reads, checks, builds and prints the configuration.")
+flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where several processes of one run meet."
+)
+flags.DEFINE_integer("num_processes", None, "How many they are.", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+flags.DEFINE_float(
+    "process_timeout", 300.0, "Seconds to wait for all of them, here and on a pod.", lower_bound=1
+)
+OWN = (
+    *("gin_file", "gin_bindings", "gin_search_paths", "dry_run"),
+    *("coordinator", "num_processes", "process_id", "process_timeout"),
+)
 
 
 def parse_flags(
@@ -90,8 +102,7 @@ def help_text(function: Configurable, names: Mapping[str, Configurable]) -> str:
         *("", "Example:", f"  {example}", "", "Flags:"),
         "  --gin.NAME=VALUE    Sets a macro, or a parameter: --gin.CONFIGURABLE.PARAMETER=VALUE.",
     ]
-    own = ("gin_file", "gin_bindings", "gin_search_paths", "dry_run")
-    for flag in own:  # absl adds a second line to the help of repeatable flags
+    for flag in OWN:  # absl adds a second line to the help of repeatable flags
         lines.append(f"  --{flag:18}{flags.FLAGS[flag].help.splitlines()[0].rstrip(';')}")
     lines += ["  --v=1               Shows tracebacks, and more of the log.", ""]
     lines += [

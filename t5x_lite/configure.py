@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -29,6 +30,7 @@ import shutil
 import sys
 import textwrap
 import tokenize
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -39,7 +41,7 @@ from absl import app, flags, logging
 from gin import config_parser
 from gin.config import ParserDelegate
 
-from t5x_lite import commandline
+from t5x_lite import commandline, distributed
 from t5x_lite.bindings import (
     COMMAND_LINE,
     MACRO,
@@ -259,8 +261,7 @@ def operative_config() -> str:
 def save_operative_config(model_dir: str | os.PathLike[str]) -> None:
     """Writes config.gin into the run's folder, atomically, from process 0 alone.
 
-    A config.gin that says something else is kept as config-0001.gin, config-0002.gin, ... Call it
-    after `jax.distributed.initialize`.
+    A config.gin that says something else is kept as config-0001.gin, config-0002.gin, ...
     """
     if jax.process_index() != 0:
         return
@@ -283,6 +284,9 @@ def save_operative_config(model_dir: str | os.PathLike[str]) -> None:
 def main(function: Configurable, *, like: Configurable | None = None, **given: Any) -> None:
     """Runs a program: flags, gin files, checks, building, then `function(**arguments)`; exits.
 
+    On several hosts the processes meet before that call: by flags, or on a TPU pod by themselves,
+    where `function` takes a `partitioner`.
+
     What gin files bind for the program `like` goes for `function` too, where it has a parameter of
     that name that is bound to nothing else: so `plan` takes the files of `train`.
 
@@ -296,6 +300,9 @@ def main(function: Configurable, *, like: Configurable | None = None, **given: A
         options = flags.FLAGS
         if not options["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries tell the world at INFO
+        process = distributed.from_flags(
+            options.coordinator, options.num_processes, options.process_id
+        )
         reset()
         register([function])
         parse(options.gin_file, options.gin_bindings, options.gin_search_paths)
@@ -306,6 +313,11 @@ def main(function: Configurable, *, like: Configurable | None = None, **given: A
             if bound.where.startswith(COMMAND_LINE):
                 print(f"warning: {_function} doesn't use {bound.where}", file=sys.stderr)
         if not options.dry_run:
+            # On a pod, programs without a mesh (of data, say) are for one worker alone.
+            if process is None and "partitioner" in parameters(function):
+                process = distributed.on_pod()
+            agreed = hashlib.sha256(operative_config().encode()).hexdigest()
+            distributed.start(process, options.process_timeout, agreed)
             function(**everything)
             return
         print(operative_config())
@@ -317,7 +329,16 @@ def main(function: Configurable, *, like: Configurable | None = None, **given: A
         if rest[1:]:
             print(f"error: unexpected '{rest[1]}': gin files go after --gin_file=", file=sys.stderr)
             return 2
-        return commandline.exit_code(body)
+        try:
+            code = commandline.exit_code(body)
+        except Exception:
+            if distributed.started() is not None:
+                traceback.print_exc()
+                distributed.leave(1)
+            raise
+        if code:
+            distributed.leave(code)
+        return code
 
     def help_text(everything: bool) -> str:
         register()

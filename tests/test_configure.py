@@ -17,6 +17,7 @@ from absl.testing import flagsaver
 
 from t5x_lite import configure
 from t5x_lite.commandline import rewrite_bindings
+from t5x_lite.distributed import Process
 from t5x_lite.types import InputError
 
 
@@ -370,6 +371,53 @@ def test_a_program_takes_the_files_of_another(monkeypatch: pytest.MonkeyPatch) -
     assert ran == [{"model_dir": "/tmp/x", "total_steps": 7, "topology": "here"}]
 
 
+def toy_mesh(*, model_dir: str = "", partitioner: str = "") -> None:
+    ran.append(dict(locals()))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What `distributed.start` was called with, on a pod of two workers."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(configure.distributed, "on_pod", lambda: Process("w-0:8482", 2, 1))
+    monkeypatch.setattr(configure.distributed, "start", lambda *given: calls.append(given))
+    return calls
+
+
+def test_flags_say_which_process_this_is(
+    monkeypatch: pytest.MonkeyPatch, started: list[tuple[Any, ...]]
+) -> None:
+    several = ("--coordinator=host:9", "--num_processes=3", "--process_id=1")
+    assert launch(monkeypatch, *several, "--process_timeout=7.5", function=toy_mesh) == 0
+    assert launch(monkeypatch, *several, "--model_dir=x", function=toy_mesh) == 0
+    (one, timeout, agreed), (other, _, disagreed) = started
+    assert one == other == Process("host:9", 3, 1)
+    assert timeout == 7.5
+    assert agreed != disagreed
+    assert len(ran) == 2
+    assert launch(monkeypatch, *several, "--dry_run", function=toy_mesh) == 0
+    assert len(started) == 2  # a dry run waits for nobody
+
+
+def test_on_a_pod_programs_with_a_mesh_meet_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, started: list[tuple[Any, ...]]
+) -> None:
+    assert launch(monkeypatch, function=toy_mesh) == 0
+    assert launch(monkeypatch, "--gin_file=run.gin", "--gin.MODEL_DIR=x") == 0
+    assert [process for process, *_ in started] == [Process("w-0:8482", 2, 1), None]
+
+
+def test_flags_of_a_process_that_are_not_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(monkeypatch, "--num_processes=2", "--gin_file=none.gin", function=toy_mesh) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --coordinator=HOST:PORT and --process_id=I missing")
+    assert launch(monkeypatch, "--num_processes=0", function=toy_mesh) == 2
+    assert launch(monkeypatch, "--process_timeout=0", function=toy_mesh) == 2
+    assert ran == []
+
+
 def test_a_binding_without_effect_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -434,6 +482,7 @@ def test_help_shows_flags_and_parameters(
     short = capsys.readouterr().out
     assert "python program.py --gin_file=" in short
     assert "total_steps: int = 100" in short
+    assert "--coordinator       HOST:PORT of process 0" in short
     assert "task: ToyTask (required)" in short
     assert "ToyNoise " not in short
     assert launch(monkeypatch, "--helpfull") == 0

@@ -8,6 +8,8 @@ import socket
 import sys
 from typing import Final
 
+import jax
+
 from t5x_lite.decode.loaded import Loaded
 from t5x_lite.serving.hosting import BASE, Host, share
 from t5x_lite.serving.worker import Worker
@@ -62,6 +64,8 @@ def serve(
     for name, size in sizes.items():
         if size < (0 if name == "queue" else 1):
             raise InputError(f"serve.{name}={size} is too small")
+    if jax.process_count() > 1:
+        raise InputError("a page is served by one process: start scripts/serve.py on one host")
     folders = parse_adapters(adapters)
     models = open_all(model_dir, folders, step, partitioner)
     served = Host(

@@ -23,10 +23,10 @@ import json, sys
 import jax
 import numpy as np
 
+from t5x_lite import distributed
+
 folder, port, count, index = sys.argv[1], *map(int, sys.argv[2:])
-if count > 1:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+distributed.start(distributed.Process(f"127.0.0.1:{port}", count, index))
 assert jax.process_count() == count and jax.device_count() == 4
 
 from t5x_lite.data.objectives import TextToText
