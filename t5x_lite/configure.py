@@ -39,7 +39,7 @@ from absl import app, flags, logging
 from gin import config_parser
 from gin.config import ParserDelegate
 
-from t5x_lite import commandline
+from t5x_lite import commandline, compilation
 from t5x_lite.bindings import (
     COMMAND_LINE,
     MACRO,
@@ -306,6 +306,7 @@ def main(function: Configurable, *, like: Configurable | None = None, **given: A
             if bound.where.startswith(COMMAND_LINE):
                 print(f"warning: {_function} doesn't use {bound.where}", file=sys.stderr)
         if not options.dry_run:
+            compilation.keep_compiled()
             function(**everything)
             return
         print(operative_config())

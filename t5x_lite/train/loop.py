@@ -20,7 +20,7 @@ from t5x_lite.models import flops
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.transform import Full, Transform
 from t5x_lite.sharding import Partitioner
-from t5x_lite.train import checks, writers
+from t5x_lite.train import checks, schedules, writers
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
 from t5x_lite.train.checkpoint import Checkpointer, CheckpointPolicy, versions
@@ -33,7 +33,6 @@ from t5x_lite.train.evaluate import (
 )
 from t5x_lite.train.losses import MEANS
 from t5x_lite.train.optim import Optimizer
-from t5x_lite.train.schedules import learning_rate_at
 from t5x_lite.train.session import Session, shardings
 from t5x_lite.types import InputError, Params
 
@@ -163,6 +162,7 @@ def train(
             session, transformation, loss, microbatches, seed, state, frozen, first
         )
         say(f"  compiled in {seconds:.1f} s")
+        rate_of = schedules.compiled(optimizer.learning_rate)
         timing = _Timing(model, transform, first, partitioner, peak_flops_per_device)
         evaluator = Evaluator(session, evaluations)
         measured: dict[str, float] = {}
@@ -184,7 +184,7 @@ def train(
             values = jax.device_get(metrics)
             timing.add(float(values["tokens"]))
             if done % log_period == 0 or done == total_steps:
-                log[0].write(done, _per_token(values, optimizer.learning_rate))
+                log[0].write(done, _per_token(values, rate_of))
                 log[1].write(done, timing.take())
 
         if start == 0:
@@ -270,15 +270,14 @@ def compile_step(
     return compiled, time.monotonic() - began
 
 
-def _per_token(values: dict[str, Any], learning_rate: Any) -> dict[str, float]:
+def _per_token(values: dict[str, Any], rate_of: Callable[[int], float]) -> dict[str, float]:
     """Means from sums: the loss by its denominator, the rest by its weight."""
     step, weight = int(values["step"]), max(float(values["weight"]), 1e-9)
-    rate = learning_rate_at(learning_rate, step) if callable(learning_rate) else learning_rate
     return {
         "loss": float(values["loss"]) / max(float(values["denominator"]), 1e-9),
         **{name: float(values[name]) / weight for name in MEANS if name in values},
         "gradient_norm": float(values["gradient_norm"]),
-        "learning_rate": float(rate),
+        "learning_rate": rate_of(step),
     }
 
 
