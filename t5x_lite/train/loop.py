@@ -117,7 +117,7 @@ def train(
     if initial is not None and resumed is None:
         initial = checks.pin(initial, vocabulary)
     say = Console(stderr=True, soft_wrap=True, quiet=jax.process_index() != 0).print
-    checkpointer = Checkpointer(model_dir, checkpoints)
+    checkpointer = Checkpointer(model_dir, checkpoints, state_shapes)
     log = _writers(model_dir, total_steps)
     profile = profiling.Profile(profile_steps, model_dir, say)
     try:
