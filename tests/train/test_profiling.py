@@ -10,13 +10,18 @@ from t5x_lite.types import InputError
 from tests.train import harness
 
 
-def test_the_steps_asked_for_are_traced(tmp_path, capsys):
+def test_the_steps_asked_for_are_traced(tmp_path, capsys, monkeypatch):
     run = harness.tiny_run(tmp_path / "run", tmp_path, total_steps=6, evaluations=())
+    there = []
+    folder = tmp_path / "run" / profiling.DIRECTORY
+    look = lambda: there.append(len([*folder.rglob("*.xplane.pb")]))
+    harness.stop_at(4, look, monkeypatch.setattr)
     loop.train(**run, profile_steps=(3, 4))
-    (path,) = (tmp_path / "run" / profiling.DIRECTORY).rglob("*.xplane.pb")
+    assert there == [1]  # written before step 5
+    (path,) = folder.rglob("*.xplane.pb")
     said = capsys.readouterr().err
     assert said.count("Traced steps 3 to 4") == 1
-    assert str(tmp_path / "run" / "profile") in said
+    assert str(folder) in said
     profile = jax.profiler.ProfileData.from_file(str(path))
     events = [event for plane in profile.planes for line in plane.lines for event in line.events]
     marks = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
@@ -24,7 +29,7 @@ def test_the_steps_asked_for_are_traced(tmp_path, capsys):
     assert any("hlo_op" in dict(event.stats) for event in events)  # what the device did
 
     loop.train(**run | {"total_steps": 8}, profile_steps=(3, 4))  # they are behind it
-    assert [*(tmp_path / "run" / "profile").rglob("*.xplane.pb")] == [path]
+    assert [*folder.rglob("*.xplane.pb")] == [path]
 
 
 def test_nothing_is_traced_by_default(tmp_path):
