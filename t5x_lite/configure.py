@@ -41,7 +41,7 @@ from absl import app, flags, logging
 from gin import config_parser
 from gin.config import ParserDelegate
 
-from t5x_lite import commandline, distributed
+from t5x_lite import commandline, compilation, distributed
 from t5x_lite.bindings import (
     COMMAND_LINE,
     MACRO,
@@ -318,6 +318,7 @@ def main(function: Configurable, *, like: Configurable | None = None, **given: A
                 process = distributed.on_pod()
             agreed = hashlib.sha256(operative_config().encode()).hexdigest()
             distributed.start(process, options.process_timeout, agreed)
+            compilation.keep_compiled()
             function(**everything)
             return
         print(operative_config())

@@ -28,7 +28,7 @@ RANK = {
     "evaluation": 6,
     "train": 7,
     **dict.fromkeys(("planning", "serving", "studies"), 8),
-    **dict.fromkeys(("bindings", "commandline", "registry", "configure"), 9),
+    **dict.fromkeys(("bindings", "commandline", "compilation", "registry", "configure"), 9),
     "scripts": 10,
 }
 DATA_IMPORTS = {"types", "data"}

@@ -134,3 +134,65 @@ def test_generation_is_timed_row_by_row():
     (row,) = re.findall(r"test gpt, batch 2, greedy \| ([\d.,]+)", done.stderr)
     assert float(row.replace(",", "")) > 0
     assert "compile, s" in done.stdout
+
+
+def memory(size: str) -> dict[str, float]:
+    """Peaks in bytes after each thing, and the bytes of the state, by `init_memory.py`."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "init_memory.py"), f"--size={size}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.findall(r"│ (\w+) +│ +([\d.]+) │ +([\d.]+) │", done.stdout)
+    state = re.search(r"AdamW's state ([\d.]+) GB", done.stdout.replace("\n", " "))
+    assert state, done.stdout
+    return {name: float(peak) for name, peak, _ in found} | {"state": float(state[1])}
+
+
+def test_a_starts_memory_is_measured():
+    assert set(memory("test")) == {"imports", "initialise", "save", "restore", "state"}
+
+
+@pytest.mark.slow
+def test_memory_grows_by_little_more_than_the_state():
+    """By how much a larger model takes more: what libraries take is in both."""
+    small, large = memory("test"), memory("small")
+    state = large["state"] - small["state"]
+    for name in ("initialise", "restore"):
+        assert large[name] - small[name] < 1.3 * state, name
+
+
+@pytest.mark.slow
+def test_starts_are_timed(tmp_path):
+    (tmp_path / "text.txt").write_text("the king and the queen of the sea\n" * 40)
+    given = (
+        "include 'runs/pretrain_text.gin'",
+        "VOCABULARY = @ByteVocabulary()",
+        "ModelConfig.embed_dim = 32",
+        "StackConfig.num_layers = 1",
+        "StackConfig.mlp_dim = 32",
+        f"TRAIN_FILES = '{tmp_path / 'text.txt'}'",
+        f"VALIDATION_FILES = '{tmp_path / 'text.txt'}'",
+    )
+    (tmp_path / "run.gin").write_text("\n".join(given))
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "start.py")),
+            f"--gin_file={tmp_path / 'run.gin'}",
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = re.findall(r"│ of them from the cache +│ +(\d+) │ +(\d+) │ +(\d+) │", done.stdout)
+    first, second, third = map(int, row)
+    assert second > 2
+    assert third > 0
+    assert first < second  # within one start, too, one program may be asked for twice

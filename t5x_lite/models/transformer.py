@@ -314,9 +314,10 @@ def axes(model: Transformer) -> Params:
 @functools.lru_cache(maxsize=64)
 def _traced(model: Transformer) -> Params:
     """Shapes in boxes that name their axes; traced once a model, for that takes seconds."""
-    return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))["params"]
+    return jax.eval_shape(lambda: _init(model, jax.random.key(0)))["params"]
 
 
+@functools.partial(jax.jit, static_argnums=0)  # so that shapes and initialisers trace it once
 def _init(model: Transformer, rng: Array) -> Params:
     """Linen's, on rows that are too short for some kernels, on any machine: by plain attention."""
     config = model.config

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit  # jax brings scipy
 
 from t5x_lite.types import InputError
 
@@ -45,6 +44,8 @@ def spread(values: Sequence[float], level: float = 0.95) -> Spread:
     mean, count = float(np.mean(values)), len(values)
     if count == 1:
         return Spread(mean, math.nan, math.nan)
+    from scipy.special import stdtrit  # jax brings scipy; a tenth of a second to import
+
     t = float(stdtrit(count - 1, (1 + level) / 2))
     half = t * float(np.std(values, ddof=1)) / math.sqrt(count)
     return Spread(mean, mean - half, mean + half)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import datetime
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -23,6 +23,7 @@ from t5x_lite.types import InputError, Params
 
 DIRECTORY = "checkpoints"
 BEST = "best"
+AT_ONCE: Final = 2**28  # bytes that are being written or read at once, or one array if it has more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,19 @@ class CheckpointPolicy:
 
 
 class Checkpointer:
-    """Saves and restores one run's checkpoints, under `model_dir/checkpoints/<step>`."""
+    """Saves and restores one run's checkpoints, under `model_dir/checkpoints/<step>`.
 
-    def __init__(self, model_dir: str, policy: CheckpointPolicy = CheckpointPolicy()):
+    What is being written or read takes its memory twice, as arrays and as chunks. Orbax would do
+    96 GB at once; here it is a few arrays. `shapes` is a tree of all that will be saved.
+    """
+
+    def __init__(
+        self, model_dir: str, policy: CheckpointPolicy = CheckpointPolicy(), shapes: Any = ()
+    ):
+        # Written by shards.
+        writing = _at_once(
+            leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(shapes)
+        )
         self.directory = os.path.abspath(os.path.join(model_dir, DIRECTORY))
         best = policy.best_metric
         options = ocp.CheckpointManagerOptions(
@@ -61,8 +72,8 @@ class Checkpointer:
             self.directory,
             options=options,
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "optimizer": ocp.StandardCheckpointHandler(),
+                "params": ocp.StandardCheckpointHandler(save_concurrent_gb=writing),
+                "optimizer": ocp.StandardCheckpointHandler(save_concurrent_gb=writing),
                 "data": ocp.JsonCheckpointHandler(),
                 "metadata": ocp.JsonCheckpointHandler(),
             },
@@ -115,22 +126,23 @@ class Checkpointer:
                 f"checkpoint {self.directory}/{step} holds weights without an optimizer's state: "
                 "start from it (train.initial) in another train.model_dir"
             )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                optimizer=ocp.args.StandardRestore(_by_path(opt_state)),
-            ),
-        )
-        flat = trees.flatten(restored["optimizer"])
-        return restored["params"], trees.map_with_path(lambda path, _: flat[path], opt_state)
+        restored = self._arrays(step, "params", params)
+        flat = trees.flatten(self._arrays(step, "optimizer", _by_path(opt_state)))
+        return restored, trees.map_with_path(lambda path, _: flat[path], opt_state)
 
     def restore_params(self, step: int, params: Params) -> Params:
         """The trainable parameters alone."""
         self._check(step, params)
-        return self._manager.restore(
-            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params))
-        )["params"]
+        return self._arrays(step, "params", params)
+
+    def _arrays(self, step: int, item: str, shapes: Params) -> Params:
+        """An item's arrays, a few at a time."""
+        # Stored in chunks of another mesh, perhaps: a shard may take the whole array to read.
+        reading = _at_once(leaf.shape for leaf in jax.tree.leaves(shapes))
+        handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=reading)
+        with ocp.Checkpointer(handler) as reader:
+            path = os.path.join(self.directory, str(step), item)
+            return reader.restore(path, args=ocp.args.StandardRestore(shapes))
 
     def _check(self, step: int, params: Params) -> None:
         """Raises InputError where the stored parameters are not those that are asked for."""
@@ -241,6 +253,13 @@ def versions() -> dict[str, str]:
             logging.info("%s is not installed as a package; its version is not recorded", name)
     found["written"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return found
+
+
+def _at_once(shapes: Iterable[tuple[int, ...]]) -> Any:
+    """A limit for Orbax, in GB: above what any of the arrays takes, at 4 bytes a number."""
+    largest = max((4 * math.prod(shape) for shape in shapes), default=None)
+    # Where nobody knows what will be saved, Orbax's own.
+    return 96 if largest is None else max(AT_ONCE, largest + 2**20) / 10**9
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from t5x_lite.models import flops
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.transform import Full, Transform
 from t5x_lite.sharding import Partitioner
-from t5x_lite.train import checks, writers
+from t5x_lite.train import checks, profiling, schedules, writers
 from t5x_lite.train import run as runs
 from t5x_lite.train import step as steps
 from t5x_lite.train.checkpoint import Checkpointer, CheckpointPolicy, versions
@@ -33,7 +33,6 @@ from t5x_lite.train.evaluate import (
 )
 from t5x_lite.train.losses import MEANS
 from t5x_lite.train.optim import Optimizer
-from t5x_lite.train.schedules import learning_rate_at
 from t5x_lite.train.session import Session, shardings
 from t5x_lite.types import InputError, Params
 
@@ -58,6 +57,7 @@ def train(
     data_threads: int = 2,
     data_workers: int = 0,
     peak_flops_per_device: float | None = None,
+    profile_steps: tuple[int, int] | None = None,
     save_config: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Trains until `total_steps`, going on from the newest checkpoint in `model_dir`, if any.
@@ -85,6 +85,8 @@ def train(
       seed: of fresh weights and dropout.
       data_threads, data_workers: that make batches ahead; the batches are the same whatever these.
       peak_flops_per_device: for MFU; None: not reported.
+      profile_steps: the first and the last of the steps that are traced for xprof, such as
+        (10, 12), into the folder's `profile`; None: none.
       save_config: writes the operative config into the run's folder.
 
     Returns:
@@ -98,6 +100,7 @@ def train(
             raise InputError(f"train.{name}={value}: expected at least 1")
     if eval_period is not None and eval_period < 1:
         raise InputError(f"train.eval_period={eval_period}: expected at least 1, or None")
+    profiling.check_steps(profile_steps, total_steps)
     session = Session(model, transform, partitioner, seed)
     vocabulary = batches.task.vocabulary
     if session.prompt_ids:
@@ -114,8 +117,9 @@ def train(
     if initial is not None and resumed is None:
         initial = checks.pin(initial, vocabulary)
     say = Console(stderr=True, soft_wrap=True, quiet=jax.process_index() != 0).print
-    checkpointer = Checkpointer(model_dir, checkpoints)
+    checkpointer = Checkpointer(model_dir, checkpoints, state_shapes)
     log = _writers(model_dir, total_steps)
+    profile = profiling.Profile(profile_steps, model_dir, say)
     try:
         if resumed is not None:
             start = checkpointer.latest_step or 0
@@ -163,6 +167,7 @@ def train(
             session, transformation, loss, microbatches, seed, state, frozen, first
         )
         say(f"  compiled in {seconds:.1f} s")
+        rate_of = schedules.compiled(optimizer.learning_rate)
         timing = _Timing(model, transform, first, partitioner, peak_flops_per_device)
         evaluator = Evaluator(session, evaluations)
         measured: dict[str, float] = {}
@@ -184,7 +189,7 @@ def train(
             values = jax.device_get(metrics)
             timing.add(float(values["tokens"]))
             if done % log_period == 0 or done == total_steps:
-                log[0].write(done, _per_token(values, optimizer.learning_rate))
+                log[0].write(done, _per_token(values, rate_of))
                 log[1].write(done, timing.take())
 
         if start == 0:
@@ -200,7 +205,7 @@ def train(
         pending: steps.Sums | None = None
         for done in range(start + 1, total_steps + 1):
             batch = _put(session, batches, next(data))
-            state, metrics = compiled(state, frozen, batch)
+            state, metrics = profile.run(done, compiled, state, frozen, batch)
             if pending is not None:
                 record(done - 1, pending)  # of the step before: this one is under way
             pending = metrics
@@ -220,6 +225,7 @@ def train(
                 timing.restart()
         checkpointer.wait()
     finally:
+        profile.close()
         for writer in log:
             writer.close()
         checkpointer.close()
@@ -270,15 +276,14 @@ def compile_step(
     return compiled, time.monotonic() - began
 
 
-def _per_token(values: dict[str, Any], learning_rate: Any) -> dict[str, float]:
+def _per_token(values: dict[str, Any], rate_of: Callable[[int], float]) -> dict[str, float]:
     """Means from sums: the loss by its denominator, the rest by its weight."""
     step, weight = int(values["step"]), max(float(values["weight"]), 1e-9)
-    rate = learning_rate_at(learning_rate, step) if callable(learning_rate) else learning_rate
     return {
         "loss": float(values["loss"]) / max(float(values["denominator"]), 1e-9),
         **{name: float(values[name]) / weight for name in MEANS if name in values},
         "gradient_norm": float(values["gradient_norm"]),
-        "learning_rate": float(rate),
+        "learning_rate": rate_of(step),
     }
 
 

@@ -7,6 +7,7 @@ checkpoints/        see `checkpoint`
 metrics.jsonl       one line a record, the same for the same config and seed
 timing.jsonl        tokens/s, FLOP/s, MFU
 predictions/        what generation wrote, beside its score
+profile/            a trace of `train.profile_steps`, if asked for
 """
 
 from __future__ import annotations
