@@ -136,7 +136,9 @@ def run(step: Callable[[], None], steps: int) -> dict[str, list[float]]:
 def main() -> None:
     transformers.logging.set_verbosity_error()
     modules = (torch, transformers, peft)
-    print(json.dumps({module.__name__: module.__version__ for module in modules}), flush=True)
+    hello = {module.__name__: module.__version__ for module in modules}
+    hello["instructions"] = torch.backends.cpu.get_cpu_capability()
+    print(json.dumps(hello), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         if "make" in asked:
