@@ -11,18 +11,16 @@ token. Nothing here is asserted.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import sides
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
@@ -113,36 +111,6 @@ class Times:
         return tokens / statistics.median(self.wall)
 
 
-class HuggingFace:
-    """The other process; see `decode_hf.py`."""
-
-    def __init__(self, python: str):
-        program = Path(__file__).with_name("decode_hf.py")
-        self._process = subprocess.Popen(
-            [python, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.versions = self._read()
-
-    def ask(self, **what: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit("error: the other process ended; it needs torch and transformers")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
 def compiled(
     shape: Shape, params: Any, tokens: np.ndarray, strategy: Any
 ) -> tuple[Callable[[], Any], float]:
@@ -172,10 +140,10 @@ def main(argv: list[str]) -> None:
     ]
     if not names:
         sys.exit(f"error: no row's name has '{_ROWS.value}'; shapes: {', '.join(SHAPES)}")
-    theirs = HuggingFace(_HF_PYTHON.value) if _HF_PYTHON.value else None
+    theirs = sides.Side(_HF_PYTHON.value, "decode_hf.py") if _HF_PYTHON.value else None
     title = f"jax {jax.__version__}"
     if theirs is not None:
-        title += "".join(f", {name} {version}" for name, version in theirs.versions.items())
+        title += "".join(f", {name} {version}" for name, version in theirs.hello.items())
     table = Table(title=title)
     columns = ("tokens/s", "Hugging Face", "ratio", "CPU-s", "Hugging Face", "compile, s")
     table.add_column("row")

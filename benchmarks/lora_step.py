@@ -15,30 +15,21 @@ asserted.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
+import sides
 import train_step
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from t5x_lite import trees
-from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.ia3 import IA3
 from t5x_lite.peft.lora import DoRA, LoRA
 from t5x_lite.peft.transform import Full, Transform
 from t5x_lite.train import step as steps
-from t5x_lite.train.loop import compile_step
-from t5x_lite.train.session import Session
 
 TARGETS = (".*/(query|value)/kernel",)  # PEFT's default for T5: q and v
 METHODS: dict[str, Callable[[], Transform]] = {
@@ -53,40 +44,18 @@ _COUNT = flags.DEFINE_boolean("count", True, "Count operations; compiles two ste
 _HF_PYTHON = flags.DEFINE_string("hf_python", None, "A Python with torch, transformers and peft.")
 
 
-class Ours:
-    """A compiled step of one transform, and its state."""
+class Ours(train_step.Training):
+    """A compiled step of one transform, and what XLA says of it."""
 
     def __init__(self, transform: Transform, unroll: int = 1, loss: steps.Loss = train_step.LOSS):
         shape = train_step.SHAPES[flags.FLAGS.config]
-        stack = dataclasses.replace(shape.stack, remat=flags.FLAGS.remat, unroll=unroll)
-        config = ModelConfig(
-            vocab_size=shape.vocab,
-            embed_dim=shape.embed,
-            encoder=stack,
-            decoder=stack,
-            dtype=flags.FLAGS.dtype,
+        super().__init__(
+            train_step.config_of(shape, flags.FLAGS.dtype, flags.FLAGS.remat, unroll),
+            train_step.random_batch(shape),
+            train_step.OPTIMIZERS[flags.FLAGS.optimizer],
+            transform,
+            loss,
         )
-        session = Session(config, transform)
-        optimizer = session.optimizer(train_step.OPTIMIZERS[flags.FLAGS.optimizer])
-        base = session.init_base()
-        self.base_bytes = trees.nbytes(base)
-        params, self.frozen = session.split(base)
-        self.trained = trees.count(params)
-        self.state = steps.TrainState(
-            jax.device_put(np.int32(0), session.partitioner.replicated),
-            params,
-            session.init_opt_state(optimizer, params),
-        )
-        batch = train_step.random_batch(shape)
-        self.batch = session.partitioner.put_batch(batch, shape.rows)
-        self.compiled, self.compile_seconds = compile_step(
-            session, optimizer, loss, 1, 0, self.state, self.frozen, self.batch
-        )
-        self.timed = train_step.Timed(self.step)
-
-    def step(self) -> Any:
-        self.state, metrics = self.compiled(self.state, self.frozen, self.batch)
-        return metrics
 
     @property
     def memory(self) -> int:
@@ -107,19 +76,18 @@ class Ours:
         return (found[0] if isinstance(found, list) else found)["flops"] / 1e9
 
 
-class Theirs:
-    """PEFT's step, in the process of `lora_step_hf.py`."""
+class Theirs(sides.Side):
+    """PEFT's step, in the process of `peers_hf.py`."""
 
     def __init__(self, python: str):
-        program = Path(__file__).with_name("lora_step_hf.py")
-        self._process = subprocess.Popen(
-            [python, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.versions = self._read()
+        super().__init__(python, "peers_hf.py")
         shape = train_step.SHAPES[flags.FLAGS.config]
-        self._ask(
+        self.ask(
             make={
+                "family": "t5",
                 "method": _METHOD.value,
+                "dtype": flags.FLAGS.dtype,
+                "compiled": False,
                 "layers": shape.stack.num_layers,
                 "heads": shape.stack.num_heads,
                 "head_dim": shape.stack.head_dim,
@@ -135,23 +103,9 @@ class Theirs:
         self.cpu: list[float] = []
 
     def repeat(self, times: int) -> None:
-        found = self._ask(run={"steps": times})
+        found = self.ask(run={"steps": times})
         self.wall += found["wall"]
         self.cpu += found["cpu"]
-
-    def _ask(self, **what: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit("error: the process of --hf_python ended; its own message is above")
-        found: dict[str, Any] = json.loads(line)
-        return found
 
 
 def main(argv: list[str]) -> None:
@@ -192,7 +146,7 @@ def main(argv: list[str]) -> None:
     print(f"memory beyond the base {ours[name].memory / ours['full'].memory:.2f}")
     if theirs is not None:
         print(f"torch and PEFT against ours: time {median[f'PEFT {name}'] / median[name]:.2f}")
-        print(json.dumps(theirs.versions))
+        print(json.dumps(theirs.hello))
     if _COUNT.value:
         layers = shape.stack.num_layers
         whole = steps.Loss(logits_bytes=0)  # a loop over chunks would be counted once too

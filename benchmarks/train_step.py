@@ -33,9 +33,10 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from t5x_lite import types
+from t5x_lite import trees, types
 from t5x_lite.models import flops
 from t5x_lite.models.config import REMAT_POLICIES, ModelConfig, StackConfig
+from t5x_lite.peft.transform import Full, Transform
 from t5x_lite.train import optim
 from t5x_lite.train import step as steps
 from t5x_lite.train.loop import compile_step
@@ -127,9 +128,49 @@ def random_batch(shape: Shape) -> dict[str, np.ndarray]:
     }
 
 
-def ceiling(shape: Shape, dtype: str) -> tuple[Callable[[], Any], float]:
-    """Products of the feed-forward block's shape over the encoder's tokens, and their GFLOP."""
-    rows, inner, outer = shape.rows * shape.encoder, shape.embed, shape.stack.mlp_dim
+def config_of(shape: Shape, dtype: str, remat: str, unroll: int = 1) -> ModelConfig:
+    """T5 1.1 of that shape."""
+    stack = dataclasses.replace(shape.stack, remat=remat, unroll=unroll)
+    return ModelConfig(
+        vocab_size=shape.vocab, embed_dim=shape.embed, encoder=stack, decoder=stack, dtype=dtype
+    )
+
+
+class Training:
+    """The library's compiled step of a model with random weights, its state and its batch."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: dict[str, np.ndarray],
+        optimizer: optim.Optimizer,
+        transform: Transform = Full(),
+        loss: steps.Loss = LOSS,
+    ):
+        session = Session(config, transform)
+        made = session.optimizer(optimizer)
+        base = session.init_base()
+        self.base_bytes = trees.nbytes(base)
+        params, self.frozen = session.split(base)
+        self.trained = trees.count(params)
+        self.state = steps.TrainState(
+            jax.device_put(np.int32(0), session.partitioner.replicated),
+            params,
+            session.init_opt_state(made, params),
+        )
+        self.batch = session.partitioner.put_batch(batch, len(next(iter(batch.values()))))
+        self.compiled, self.compile_seconds = compile_step(
+            session, made, loss, 1, 0, self.state, self.frozen, self.batch
+        )
+        self.timed = Timed(self.step)
+
+    def step(self) -> Any:
+        self.state, metrics = self.compiled(self.state, self.frozen, self.batch)
+        return metrics
+
+
+def ceiling(rows: int, inner: int, outer: int, dtype: str) -> tuple[Callable[[], Any], float]:
+    """Products of a feed-forward block's shape over so many tokens, and their GFLOP."""
     w, v = jnp.ones((inner, outer), dtype), jnp.full((outer, inner), 1 / (inner * outer), dtype)
     flop = 4 * rows * inner * outer
     repeats = min(max(1, round(2e10 / flop)), 100)
@@ -242,39 +283,19 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         sys.exit(f"error: unexpected '{argv[1]}' (--help shows the flags)")
     shape = SHAPES[_CONFIG.value]
-    stack = dataclasses.replace(shape.stack, remat=_REMAT.value, unroll=_UNROLL.value)
-    config = ModelConfig(
-        vocab_size=shape.vocab,
-        embed_dim=shape.embed,
-        encoder=stack,
-        decoder=stack,
-        dtype=_DTYPE.value,
+    config = config_of(shape, _DTYPE.value, _REMAT.value, _UNROLL.value)
+    training = Training(config, random_batch(shape), OPTIMIZERS[_OPTIMIZER.value])
+    step = training.timed
+    products, gigaflop = ceiling(
+        shape.rows * shape.encoder, shape.embed, shape.stack.mlp_dim, _DTYPE.value
     )
-    session = Session(config)
-    optimizer = session.optimizer(OPTIMIZERS[_OPTIMIZER.value])
-    params, frozen = session.split(session.init_base())
-    state = steps.TrainState(
-        jax.device_put(np.int32(0), session.partitioner.replicated),
-        params,
-        session.init_opt_state(optimizer, params),
-    )
-    del params
-    batch = session.partitioner.put_batch(random_batch(shape), shape.rows)
-    compiled, seconds = compile_step(session, optimizer, LOSS, 1, 0, state, frozen, batch)
-
-    def one_step() -> Any:
-        nonlocal state
-        state, metrics = compiled(state, frozen, batch)
-        return metrics
-
-    products, gigaflop = ceiling(shape, _DTYPE.value)
-    step, product = Timed(one_step), Timed(products)
+    product = Timed(products)
     for _ in range(ROUNDS):
         step.repeat(max(1, _STEPS.value // ROUNDS))
         product.repeat(5)
     rates = Rates(
         tokens=shape.rows * (shape.encoder + shape.decoder),
-        gigaflop=flops.train_flops(config, batch) / 1e9,
+        gigaflop=flops.train_flops(config, training.batch) / 1e9,
         wall=statistics.median(step.wall),
         cpu=statistics.median(step.cpu),
         ceiling_gigaflop=gigaflop,
@@ -290,7 +311,7 @@ def main(argv: list[str]) -> None:
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, value in (
-        ("compile, seconds", f"{seconds:.1f}"),
+        ("compile, seconds", f"{training.compile_seconds:.1f}"),
         ("step, seconds (median)", f"{rates.wall:.3f}"),
         ("step, seconds (least)", f"{min(step.wall):.3f}"),
         ("step, CPU-seconds (median)", f"{rates.cpu:.3f}"),
@@ -304,7 +325,7 @@ def main(argv: list[str]) -> None:
         table.add_row(name, value)
     console.print(table)
     if _COSTS.value:
-        found = costs(compiled, one_step)
+        found = costs(training.compiled, training.step)
         table = Table(title="Where one step's time goes")
         for column in ("part", "ms", "percent"):
             table.add_column(column, justify="left" if column == "part" else "right")

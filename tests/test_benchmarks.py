@@ -49,7 +49,7 @@ def test_rates_are_what_the_times_amount_to(program, monkeypatch):
 
 
 def test_the_ceiling_counts_its_own_products(program):
-    run, gigaflop = program.ceiling(program.SHAPES["tiny"], "float32")
+    run, gigaflop = program.ceiling(16 * 128, 192, 384, "float32")
     once = 2 * 2 * 16 * 128 * 192 * 384 / 1e9
     assert gigaflop / once == pytest.approx(round(gigaflop / once))
     assert abs(run() - 1.0).max() < 1e-3
@@ -196,3 +196,34 @@ def test_starts_are_timed(tmp_path):
     assert second > 2
     assert third > 0
     assert first < second  # within one start, too, one program may be asked for twice
+
+
+def peers(*flags):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "peers.py"), *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_row_beside_no_peer_is_ours_alone():
+    """The other sides need a Python with torch."""
+    done = peers("--rows=toy_bert,toy_lora", "--dtypes=float32", "--steps=1", "--rounds=2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = re.findall(r"^(\w+), float32 \| (\w+) \| (.*)$", done.stderr, re.M)
+    assert [row[:2] for row in rows] == [("toy_bert", "t5x_lite"), ("toy_lora", "t5x_lite")]
+    for *_, cells in rows:
+        step, least, _, rate, ratio, _, peak, first = cells.split(" | ")
+        assert float(least) <= float(step) < float(first)
+        assert float(rate.replace(",", "")) > 0
+        assert ratio == ""
+        assert float(peak) > 0.1  # what jax takes by itself
+    assert "% of ceiling" in done.stdout
+
+
+def test_an_unknown_row_is_named():
+    done = peers("--rows=bart")
+    assert done.returncode != 0
+    assert "--rows has 'bart'; known: t5, bert" in done.stderr
