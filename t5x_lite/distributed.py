@@ -192,7 +192,7 @@ def leave(code: int) -> None:
     """Ends this process at once with an exit code, if it is one of several; else does nothing.
 
     For one that has failed. jax would have it wait minutes for the others to finish, which wait for
-    it. So they see that it has gone, at once or when jax misses it, within two minutes, and end too.
+    it. So they see that it has gone, at once or when jax misses it within two minutes, and end.
     """
     if _started is None:
         return
