@@ -65,7 +65,7 @@ def plan(
       search: try meshes, remat and microbatches, and plan the best; `tries` says which.
       compiler_options: of XLA for TPUs, by name.
       output: a JSON file to write.
-      program: a file for the compiled program's text.
+      program: a file for the compiled program's text; not with `search`, which compiles many.
 
     Raises InputError without libtpu, for a mesh that the slice or the model does not divide, and
     for a step that takes more memory than a chip has.
@@ -74,6 +74,11 @@ def plan(
         raise InputError(f"plan.step='{step}': expected train, eval or decode")
     if step == "decode" and model.decoder is None:
         raise InputError("plan.step='decode': this model has no decoder to write with")
+    if search and program is not None:
+        raise InputError(
+            "plan.program is one step's text, and plan.search compiles many: search first, then "
+            "plan the mesh and remat that it found"
+        )
     if batch is None and batches is None:
         raise InputError("plan needs the run's batches, or batch=@BatchShape(), its sizes")
     request = Request(

@@ -53,6 +53,7 @@ class Arrays:
         return cls(batches.batch_size, lengths)
 
     def structs(self, partitioner: Partitioner) -> dict[str, jax.ShapeDtypeStruct]:
+        """As shape structs with shardings: int32, weights and values float32."""
         return {
             key: jax.ShapeDtypeStruct(
                 (self.rows, length, *rest),
@@ -79,7 +80,7 @@ class BatchShape:
             )
 
     def arrays(self) -> Arrays:
-        """Those of packed rows."""
+        """Those of packed rows: `[rows, encoder]`, `[rows, decoder]`, `[rows, masked]`."""
         lengths: dict[str, int] = {}
         keys: tuple[str, ...]
         if self.encoder:
@@ -172,6 +173,8 @@ class Request:
                 self.arrays.rows, self.microbatches if trains else 1
             )
             batch = self.arrays.structs(session.partitioner)
+            if self.step == "decode":
+                batch = {key: batch[key] for key in _prompt_keys(batch)}
             trained, frozen = session.split_shapes
             state = session.state_shapes(session.optimizer(self.optimizer)) if trains else None
             memory = {
@@ -218,7 +221,6 @@ class Request:
         )
         if self.step == "decode":
             function = functools.partial(_decode, session, self.new_tokens)
-            batch = {key: batch[key] for key in _prompt_keys(batch)}
         began = time.monotonic()
         jitted = jax.jit(function, out_shardings=session.partitioner.replicated)
         with session.partitioner.activate():

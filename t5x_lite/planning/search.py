@@ -24,7 +24,7 @@ class Search:
     model: tuple[int, ...] = (1, 2, 4, 8)  # sizes of that axis; data and fsdp share the rest
     remat: tuple[str, ...] = ("none", "dots", "full")
     microbatches: tuple[int, ...] = (1, 2, 4)
-    most: int = 24  # programs that are compiled
+    most: int = 24  # combinations, of all meshes together
 
     def __post_init__(self) -> None:
         for name in ("model", "remat", "microbatches"):
@@ -80,7 +80,7 @@ def search_plans(request: Request, tries: Search, console: Console) -> list[Trie
     for data, fsdp, model in tries.meshes(request.slice.size):
         partitioner = dataclasses.replace(request.partitioner, data=data, fsdp=fsdp, model=model)
         for microbatches in tries.microbatches if request.step == "train" else (1,):
-            fits = False
+            settled = False  # no other remat or microbatches are worth trying on this mesh
             for remat in tries.remat if request.step == "train" else tries.remat[:1]:
                 if compiled >= tries.most:
                     break
@@ -93,17 +93,18 @@ def search_plans(request: Request, tries: Search, console: Console) -> list[Trie
                     model=_with_remat(request.model, remat),
                 )
                 try:
-                    tried.append(dataclasses.replace(one, plan=changed.plan()))
-                    fits, compiled = tried[-1].plan.fits, compiled + 1  # type: ignore[union-attr]
+                    found = changed.plan()
+                    tried.append(dataclasses.replace(one, plan=found))
+                    settled, compiled = found.fits, compiled + 1
                 except DoesNotFit as error:
                     tried.append(dataclasses.replace(one, reason=_brief(error)))
-                    compiled += "before it computes" not in str(error)
-                except InputError as error:
+                    compiled += 1
+                except InputError as error:  # this mesh can't be
                     tried.append(dataclasses.replace(one, reason=_brief(error)))
-                    fits = True  # of no use with any remat
-                if fits:
+                    settled = True
+                if settled:
                     break
-            if fits:
+            if settled:
                 break
     tried.sort(key=_rank)
     if not tried or tried[0].plan is None or not tried[0].plan.fits:

@@ -3,6 +3,8 @@
 # ruff: noqa: E501
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from t5x_lite.planning import hlo
@@ -70,6 +72,31 @@ def test_a_loop_costs_its_turns_and_hides_what_it_can():
 def test_a_fast_link_hides_all():
     times = hlo.estimate(hlo.Program.parse(TEXT), machine(link=1e9))
     assert times.exposed == pytest.approx(1024 / 1e9)  # of the reduction, which nothing hides
+
+
+def test_arrays_that_go_together_count_whole():
+    """Of a tuple all parts are sent; what starts a gather names what it sends beside the results."""
+    reduced = "(f32[256]{0}, bf16[512]{0}, f32[1024]{0}) all-reduce(%sum.1)"
+    text = TEXT.replace("f32[256]{0} all-reduce(%sum.1)", reduced)
+    assert text != TEXT
+    times = hlo.estimate(hlo.Program.parse(text), machine())
+    assert times.traffic["all-reduce"].sent == 1024 + 1024 + 4096
+    gathers = "((bf16[512]{0}, f32[8]{0}), (bf16[2048]{0}, f32[32]{0})) all-gather-start(%x.1)"
+    text = TEXT.replace("(bf16[512]{0}, bf16[2048]{0}) all-gather-start(%x.1)", gathers)
+    assert text != TEXT
+    times = hlo.estimate(hlo.Program.parse(text), machine())
+    assert times.traffic["all-gather"].sent == 5 * (4096 + 128) * 3 / 4
+
+
+def test_a_cautious_estimate_believes_every_cycle():
+    program = hlo.Program.parse(TEXT)
+    hopeful, cautious = (
+        hlo.estimate(program, dataclasses.replace(machine(), cautious=flag))
+        for flag in (False, True)
+    )
+    assert cautious.by_source["backward add"] == pytest.approx(0.9)  # 900,000 cycles
+    assert cautious.by_source["mlp/wi/dot_general"] == hopeful.by_source["mlp/wi/dot_general"]
+    assert cautious.exposed == pytest.approx(hopeful.exposed)
 
 
 def test_no_product_is_faster_than_the_chip():

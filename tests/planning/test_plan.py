@@ -242,6 +242,8 @@ def test_what_cannot_be_planned_says_so(tmp_path):
             topology="v4:4x4x4", model=MODEL, optimizer=AdamW(1e-3),
             batch=BatchShape(rows=64, decoder=512), partitioner=Partitioner(data=8, fsdp=8),
         )  # fmt: skip
+    with pytest.raises(InputError, match="search compiles many"):
+        made(tmp_path, search=True, program="step.hlo")
     with pytest.raises(InputError, match="or batch="):
         plan(topology="v5e:2x2", model=MODEL, optimizer=AdamW(1e-3))
     with pytest.raises(InputError, match="not to be had"):
