@@ -110,12 +110,17 @@ class Times:
         return statistics.median(self.wall)
 
 
+def process(name: str) -> Side:
+    """A side's process, which waits."""
+    python, program = sys.executable, "peers_ours.py"
+    if name != OURS:
+        python, program = _HF_PYTHON.value, "peers_hf.py"
+    return Side(python, program, {**ENVIRONMENT, **os.environ})
+
+
 def start(name: str, work: Work, dtype: str) -> Times:
     """A side's process, which has taken its first step."""
-    if name == OURS:
-        side = Side(sys.executable, "peers_ours.py", {**ENVIRONMENT, **os.environ})
-    else:
-        side = Side(_HF_PYTHON.value, "peers_hf.py", {**ENVIRONMENT, **os.environ})
+    side = process(name)
     began = time.perf_counter()
     made = side.ask(
         make={**dataclasses.asdict(work), "dtype": dtype, "compiled": name == "compiled"}
@@ -125,7 +130,7 @@ def start(name: str, work: Work, dtype: str) -> Times:
 
 def measured(work: Work, dtype: str, names: list[str]) -> tuple[dict[str, Times], float]:
     """Every side's times, and the ceiling in GFLOP/s."""
-    products = Side(sys.executable, "peers_ours.py", {**ENVIRONMENT, **os.environ})
+    products = process(OURS)
     shape = {"rows": work.rows * (work.encoder or work.decoder), "inner": work.embed}
     sides = {name: start(name, work, dtype) for name in names}
     if len({times.made["trained"] for times in sides.values()}) > 1:

@@ -2,12 +2,14 @@
 
 Run by them, in a Python that has torch, transformers and peft. Reads one JSON object a line:
 `{"make": {...}}` builds a model with random weights and takes its first step, `{"run": {"steps":
-n}}` takes one step untimed and then n; answers each with one line.
+n}}` takes one step untimed and then n, `{"product": {...}}` times one product of matrices; answers
+each with one line.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -133,6 +135,15 @@ def run(step: Callable[[], None], steps: int) -> dict[str, list[float]]:
     return spent
 
 
+def product(equation: str, left: list[int], right: list[int]) -> Callable[[], torch.Tensor]:
+    """One product of two float32 arrays `[*batch, rows, columns]`, transposed as it comes."""
+    first, second = equation.split("->")[0].split(",")
+    x, y = torch.ones(left), torch.ones(right)
+    x = x.mT if first.endswith("m") else x
+    y = y.mT if second.endswith("k") else y
+    return lambda: torch.matmul(x, y)
+
+
 def main() -> None:
     transformers.logging.set_verbosity_error()
     modules = (torch, transformers, peft)
@@ -145,6 +156,8 @@ def main() -> None:
             step, trained = make(asked["make"])
             step()
             answer: dict = {"trained": trained}
+        elif "product" in asked:
+            answer = {"wall": statistics.median(run(product(**asked["product"]), 5)["wall"])}
         else:
             answer = run(step, asked["run"]["steps"])
         print(json.dumps(answer), flush=True)

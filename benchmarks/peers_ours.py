@@ -2,17 +2,21 @@
 
 Run by `peers.py`. Reads one JSON object a line: `{"make": {...}}` builds a model with random
 weights and takes its first step, `{"run": {"steps": n}}` takes one step untimed and then n,
-`{"products": {...}}` times products of matrices alone; answers each with one line.
+`{"products": {...}}` times products of a feed-forward block's shape, `{"product": {...}}` one of
+any shape; `{"program": {}}` asks for the compiled step's text. Answers each with one line.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import train_step
 
@@ -98,6 +102,13 @@ def gigaflop(config: ModelConfig, batch: types.Batch, full: bool) -> dict[str, f
     }
 
 
+def product(equation: str, left: list[int], right: list[int]) -> Callable[[], jax.Array]:
+    """One product of two float32 arrays, as einsum writes it."""
+    compiled = jax.jit(functools.partial(jnp.einsum, equation))
+    operands = jnp.ones(left, jnp.float32), jnp.ones(right, jnp.float32)
+    return lambda: compiled(*operands)
+
+
 def main() -> None:
     print(json.dumps({"jax": jax.__version__}), flush=True)
     for line in sys.stdin:
@@ -113,6 +124,12 @@ def main() -> None:
             timed = train_step.Timed(training.step)
             timed.repeat(asked["steps"])
             answer = {"wall": timed.wall, "cpu": timed.cpu}
+        elif what == "program":
+            answer = {"text": training.compiled.as_text()}
+        elif what == "product":
+            timed = train_step.Timed(product(**asked))
+            timed.repeat(5)
+            answer = {"wall": statistics.median(timed.wall)}
         else:
             products, count = train_step.ceiling(**asked)
             timed = train_step.Timed(products)
