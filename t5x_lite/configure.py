@@ -339,6 +339,7 @@ def main(function: Configurable, *, like: Configurable | None = None, **given: A
             raise
         if code:
             distributed.leave(code)
+        distributed.finish()
         return code
 
     def help_text(everything: bool) -> str:
