@@ -135,9 +135,10 @@ def test_two_processes_go_on_from_what_one_wrote(folder):
     assert_same(train(folder, "gpt", "gpt/whole", *DATA, count=2), one)
 
 
-# One process ends by itself, while the others wait for it in a collective.
+# One process ends by itself, while the others wait for it: in a collective, or at their own end.
 ENDS = """
-import os, signal, sys
+import os, signal, time
+
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
@@ -155,8 +156,10 @@ def end(*, how: str, which: int):
             raise ValueError("only here")
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        return
-    process_allgather(np.ones(4))
+        time.sleep(2)
+        raise InputError("only here")
+    if how != "late":
+        process_allgather(np.ones(4))
 
 
 if __name__ == "__main__":
@@ -171,6 +174,7 @@ if __name__ == "__main__":
         ("bad input", 2, "has failed"),
         ("exception", 1, "has failed"),
         ("killed", -signal.SIGKILL, "has gone"),
+        ("late", 2, "has failed"),
     ],
 )
 @pytest.mark.slow
