@@ -24,6 +24,7 @@ from typing import Any, Final
 
 _LAST_WORDS_SECONDS: Final = 1.0  # when one has failed, others may be about to say the same
 _RELAY_SECONDS: Final = 1.0  # process 0 stays so much longer: without it jax ends the others
+_HEAR_SECONDS: Final = 0.5
 _KEEP_ALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # a minute in all
 
 
@@ -62,7 +63,8 @@ class Lifeline:
     ) -> None:
         self._index, self._count = index, count
         self._connections, self._leave = dict(connections), leave
-        self._sentence = ""  # why this process ends with another
+        self._heard = threading.Event()  # that another has ended
+        self._sentence = ""  # which says so
         self._leaving = threading.Lock()  # taken once, by whoever ends this process
         for connection in self._connections.values():
             _keep_alive(connection)
@@ -77,7 +79,8 @@ class Lifeline:
     def fail(self, code: int) -> None:
         """Ends this process with an exit code, and the others with it."""
         self._leaving.acquire()
-        if self._sentence and code == 1:  # what nobody foresaw may come of the end of another
+        # What nobody foresaw may come of another's end, and be seen before that is heard of.
+        if code == 1 and self._heard.wait(_HEAR_SECONDS):
             print(self._sentence, file=sys.stderr)
         self._tell(self._index, End.FAILED)
         if self._index == 0:
@@ -122,6 +125,7 @@ class Lifeline:
             f"{_SAID[end].format(f'process {other} of {self._count}')}"
             f"process {self._index} ends with it. The same command goes on from the last checkpoint"
         )
+        self._heard.set()
         if self._index == 0:
             self._tell(other, end)
             time.sleep(_RELAY_SECONDS)

@@ -19,6 +19,7 @@ from t5x_lite import lifeline
 from t5x_lite.lifeline import Lifeline
 from tests.processes import ROOT
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 COUNT = 4
 SECONDS = 20  # in which what should happen does, on a busy machine too
 
@@ -50,6 +51,13 @@ class Run:
 
     def ended(self, count: int) -> set[tuple[int, int]]:
         return {self.left.get(timeout=SECONDS) for _ in range(count)}
+
+
+def readable(connection: socket.socket) -> bool:
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
 
 
 @pytest.fixture
@@ -96,7 +104,9 @@ def test_one_is_killed_and_all_end(
 
 def test_who_has_done_its_part_harms_nobody(start: Any) -> None:
     run = start(bare=2)
-    run.others[2].sendall(b'{"process": 2, "en')  # in two parts
+    run.others[2].sendall(b'{"process": 2, "en')
+    while readable(run.zero[2]):  # so that it comes in two parts
+        pass
     run.others[2].sendall(b'd": "done"}\n')
     run.close(2)
     for line in run.lines.values():
