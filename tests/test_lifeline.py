@@ -152,6 +152,20 @@ def test_last_words_of_ones_own(
     assert run.ended(1) == {(0, 1)}
 
 
+def test_who_fails_by_anothers_end_waits_to_hear_of_it(
+    start: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lifeline, "_HEAR_SECONDS", SECONDS)
+    run = start(bare=1)
+    fails = threading.Thread(target=run.lines[3].fail, args=(1,))
+    fails.start()
+    run.close(1)
+    fails.join(SECONDS)
+    assert (3, 1) in run.ended(COUNT - 1)
+    said = capsys.readouterr().err
+    assert "process 1 of 4 has gone without a word, killed or cut off; process 3 ends" in said
+
+
 FORKS = """
 import os, signal, socket, sys, time
 from t5x_lite.lifeline import Lifeline

@@ -191,7 +191,9 @@ def test_when_one_process_ends_the_others_do(tmp_path, how, code, word, which):
     assert ("only here" in said) == (how != "killed")
     for process, said in zip(running, others, strict=True):
         assert process.returncode == 1
-        assert f"process {which} of 3 {word}" in said
+        # Without process 0 jax may be quicker to end the others, and says why itself.
+        by_jax = how == "killed" and which == 0 and "coordination service" in said
+        assert f"process {which} of 3 {word}" in said or by_jax
 
 
 def test_a_host_that_does_not_come_is_waited_for_so_long(folder):
