@@ -12,20 +12,18 @@ Linux hands out the step's fresh buffers in huge pages.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import glob
 import os
 import re
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import costs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +84,7 @@ _REMAT = flags.DEFINE_enum(
 )
 _UNROLL = flags.DEFINE_integer("unroll", 1, "StackConfig.unroll.")
 _STEPS = flags.DEFINE_integer("steps", 7, "Timed steps.")
-_COSTS = flags.DEFINE_integer("costs", 12, "Rows of the cost table; 0: no profile.")
+_COSTS = flags.DEFINE_integer("costs", 12, "Rows of the table by place; 0: no trace.")
 
 
 class Timed:
@@ -238,7 +236,7 @@ def part_of(op_name: str) -> str:
         *("self_attention_norm", "cross_attention_norm", "mlp_norm", "final_norm"),
         *("self_attention", "cross_attention", "mlp", "relative_bias"),
     )
-    found = next((part for part in parts if f"{part}/" in op_name or f"{part})" in op_name), None)
+    found = next((part for part in parts if re.search(rf"{part}[/).]", op_name)), None)
     if found:
         return f"{stack}{found}, {direction}"
     if "lm_head" in op_name or "_reduce_vocab" in op_name:
@@ -250,33 +248,13 @@ def part_of(op_name: str) -> str:
     return "optimizer and the rest"
 
 
-def costs(compiled: Any, run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds by part of the model, from one profiled step; threads' operations may overlap."""
-    named = dict(
-        re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', compiled.as_text(), re.M)
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(run())
-        (path,) = glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True)
-        profile = jax.profiler.ProfileData.from_file(path)
-    spans: dict[Any, list[Any]] = {}
-    for plane in profile.planes:
-        for line in plane.lines:
-            for event in line.events:
-                stats = dict(event.stats)
-                if "hlo_op" in stats and "_p" in stats:
-                    spans.setdefault(stats["_p"], [None, 0, 0])[:2] = (
-                        stats["hlo_op"],
-                        event.start_ns,
-                    )
-                elif event.name.startswith("end: ") and "_c" in stats:
-                    spans.setdefault(stats["_c"], [None, 0, 0])[2] = event.end_ns
-    total: collections.Counter[str] = collections.Counter()
-    for name, start, end in spans.values():
-        if name and start and end and not name.startswith(("while", "call")):
-            total[part_of(named.get(name, ""))] += (end - start) / 1e9
-    return dict(total.most_common())
+def print_costs(console: Console, training: Training, ceiling: float, name: str) -> None:
+    """The tables that --costs asks for. `ceiling`: of matrix products, in GFLOP/s."""
+    if _COSTS.value:
+        found = costs.measure(training.compiled, training.step, part_of)
+        title = f"Where the time of {name} goes"
+        for table in costs.tables(found, ceiling, _COSTS.value, title):
+            console.print(table)
 
 
 def main(argv: list[str]) -> None:
@@ -324,15 +302,7 @@ def main(argv: list[str]) -> None:
     ):
         table.add_row(name, value)
     console.print(table)
-    if _COSTS.value:
-        found = costs(training.compiled, training.step)
-        table = Table(title="Where one step's time goes")
-        for column in ("part", "ms", "percent"):
-            table.add_column(column, justify="left" if column == "part" else "right")
-        whole = sum(found.values()) or 1.0
-        for name, spent in list(found.items())[: _COSTS.value]:
-            table.add_row(name, f"{1e3 * spent:.1f}", f"{100 * spent / whole:.0f}")
-        console.print(table)
+    print_costs(console, training, rates.ceiling_gigaflops, "a step")
 
 
 if __name__ == "__main__":

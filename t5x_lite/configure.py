@@ -339,6 +339,8 @@ def main(function: Configurable, *, like: Configurable | None = None, **given: A
             raise
         if code:
             distributed.leave(code)
+        else:
+            distributed.finish()
         return code
 
     def help_text(everything: bool) -> str:

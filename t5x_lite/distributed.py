@@ -3,7 +3,8 @@
 The one place that calls `jax.distributed.initialize`. jax by itself ends a process, with a stack of
 C++ and no exception, when another does not come in time. So the processes meet here first: each
 calls process 0 at the address where jax will meet, and says who it is and what it is about to run.
-Only when all have come and agree does jax go on; otherwise each says the same one sentence.
+Only when all have come and agree does jax go on; otherwise each says the same one sentence. The
+connections stay open: when a process ends before its time, the others learn it by them and end too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import json
 import os
 import re
 import socket
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import jax
 
+from t5x_lite.lifeline import Lifeline
 from t5x_lite.types import InputError
 
 POD_PORT: Final = 8482  # jax's own on pods: their networks let it through
@@ -30,7 +31,6 @@ _RETRY_SECONDS: Final = 0.2
 _HELLO_SECONDS: Final = 5.0  # for a line from whoever has called
 _GRACE_SECONDS: Final = 10.0  # process 0 may have been started so much later
 _METADATA_TRIES: Final = 3
-_LAST_WORDS_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class Process:
         return f"process {self.index} of {self.count}"
 
 
-_started: Process | None = None  # as jax has its own, for the whole of this process
+# As jax has its own, for the whole of this process:
+_started: Process | None = None
+_lifeline: Lifeline | None = None
 
 
 def from_flags(
@@ -150,7 +152,8 @@ def _metadata(name: str, environment: Mapping[str, str]) -> str:
 def start(process: Process | None, timeout: float = 300, agreed: str = "") -> None:
     """Makes this process one of its run's; with None, or a count of 1, does nothing.
 
-    Comes before anything that asks jax for devices.
+    Comes before anything that asks jax for devices. From then on this process ends when another
+    ends that has not called `finish`, within two seconds and with exit code 1.
 
     Args:
       process: which one this is.
@@ -160,13 +163,11 @@ def start(process: Process | None, timeout: float = 300, agreed: str = "") -> No
     Raises:
       InputError: in every process that has come, if some haven't by then, or don't agree.
     """
-    global _started
+    global _started, _lifeline
     if process is None or process.count == 1:
         return
-    if process.index == 0:
-        _call_roll(process, timeout, agreed)
-    else:
-        _answer_roll(process, timeout, agreed)
+    meet = _call_roll if process.index == 0 else _answer_roll
+    _lifeline = Lifeline(process.index, process.count, meet(process, timeout, agreed))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     local = _is_loopback(process.address[0])
     try:
@@ -188,23 +189,27 @@ def started() -> Process | None:
     return _started
 
 
+def finish() -> None:
+    """Says that this process has done its part, so that its end harms no other."""
+    if _lifeline is not None:
+        _lifeline.finish()
+
+
 def leave(code: int) -> None:
     """Ends this process at once with an exit code, if it is one of several; else does nothing.
 
     For one that has failed. jax would have it wait minutes for the others to finish, which wait for
-    it. So they see that it has gone, at once or when jax misses it within two minutes, and end.
+    it. So they are told, and end within two seconds; process 0 stays until they have.
     """
-    if _started is None:
-        return
-    if _started.index == 0:
-        time.sleep(_LAST_WORDS_SECONDS)  # without process 0 they end in the middle of theirs
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    if _lifeline is not None:
+        _lifeline.fail(code)
 
 
-def _call_roll(process: Process, timeout: float, agreed: str) -> None:
-    """Process 0's part: waits for the others, and tells them all what became of it."""
+def _call_roll(process: Process, timeout: float, agreed: str) -> dict[int, socket.socket]:
+    """Process 0's part: waits for the others, and tells them all what became of it.
+
+    Returns the connections to them, by index. The port is free again, for jax.
+    """
     deadline = time.monotonic() + timeout
     try:
         server = _listen(*process.address)
@@ -236,12 +241,17 @@ def _call_roll(process: Process, timeout: float, agreed: str) -> None:
         for other in listening:
             with contextlib.suppress(OSError):
                 other.sendall(json.dumps({"problem": problem}).encode() + b"\n")
-    if problem:
-        raise InputError(problem)
+        if problem:
+            raise InputError(problem)
+        # A copy outlives the stack, which closes all else.
+        return {index: other.dup() for index, other in seen.items()}
 
 
-def _answer_roll(process: Process, timeout: float, agreed: str) -> None:
-    """Any other process's part: calls process 0 until it answers, and hears that all are there."""
+def _answer_roll(process: Process, timeout: float, agreed: str) -> dict[int, socket.socket]:
+    """Any other process's part: calls process 0 until it answers, and hears that all are there.
+
+    Returns the connection to process 0, by its index.
+    """
     deadline = time.monotonic() + timeout
     hello = {"process": process.index, "count": process.count, "agreed": agreed}
     reason = "nobody listens there"
@@ -250,8 +260,8 @@ def _answer_roll(process: Process, timeout: float, agreed: str) -> None:
             with socket.create_connection(process.address, timeout=left) as connection:
                 connection.sendall(json.dumps(hello).encode() + b"\n")
                 answer = _receive(connection, left + _GRACE_SECONDS)
-            if answer.get("problem") == "":
-                return
+                if answer.get("problem") == "":
+                    return {0: connection.dup()}
             if answer.get("problem"):
                 raise InputError(answer["problem"])
             reason = "what listens there has not said that all have come"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests import xla
@@ -17,17 +19,25 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "benchmarks" / "train_step.py"
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("train_step", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_step"] = module
-    spec.loader.exec_module(module)
-    return module
+def load(name):
+    """A benchmark as a module, which finds the others as it does when it is run."""
+    if name not in sys.modules:  # flags can be defined but once
+        sys.path.insert(0, str(PROGRAM.parent))
+        try:
+            importlib.import_module(name)
+        finally:
+            sys.path.remove(str(PROGRAM.parent))
+    return sys.modules[name]
 
 
 @pytest.fixture(scope="module")
 def program():
-    return sys.modules.get("train_step") or load()  # its flags can be defined but once
+    return load("train_step")
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return load("costs")
 
 
 def test_rates_are_what_the_times_amount_to(program, monkeypatch):
@@ -65,8 +75,11 @@ def test_it_prints_its_table():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for column in ("tokens/s", "model GFLOP/s", "percent of the ceiling", "Where one step's time"):
+    for column in ("tokens/s", "model GFLOP/s", "percent of the ceiling"):
         assert column in done.stdout
+    by_kind, by_place = done.stdout.split("Where the time of a step goes, by ")[1:]
+    assert int(re.search(r"^│ product +│ +(\d+) ", by_kind, re.M)[1]) > 20
+    assert len(re.findall(r"^│ .*│ +[\d.]+ │ +[\d.]+ │", by_place, re.M)) == 3
 
 
 @pytest.mark.parametrize(
@@ -77,6 +90,10 @@ def test_it_prints_its_table():
             "jit(s)/transpose(jvp(Transformer))/encode/encoder/while/body/self_attention/out/dot",
             "encoder self_attention, backward",
         ),
+        (
+            "jit(s)/jvp(Transformer)/decoder/while/body/layers/cross_attention.key_value/key/dot",
+            "decoder cross_attention, forward",
+        ),
         ("jit(s)/jvp(Transformer)/lm_head/dot_general", "logits and loss, forward"),
         ("jit(s)/add", "optimizer and the rest"),
         ("", "copies that XLA adds (loop carries, layouts)"),
@@ -84,6 +101,54 @@ def test_it_prints_its_table():
 )
 def test_operations_belong_to_parts(program, name, part):
     assert program.part_of(name) == part
+
+
+def test_a_moment_is_shared_by_all_that_run(costs):
+    spans = [("a", 10, 12), ("b", 11, 13), ("c", 15, 16), ("a", 15, 16)]
+    seconds, idle = costs.share(spans)
+    assert seconds == {"a": 1.5 + 0.5, "b": 1.5, "c": 0.5}
+    assert idle == 2
+    assert costs.share([]) == ({}, 0)
+
+
+def test_costs_are_those_of_the_operations(costs):
+    batch, rows, inner, columns, turns = 2, 8, 16, 32, 3
+
+    @jax.jit
+    def function(x, w):
+        there = lambda x: jnp.einsum("bmk,bkn->bmn", x, w)
+        back = lambda x: jnp.einsum("bmn,bkn->bmk", x, w)
+        product = lambda x, _: (jnp.tanh(back(there(x))), None)
+        return jax.lax.scan(product, x, None, turns)[0]
+
+    x = jnp.ones((batch, rows, inner))
+    w = jnp.ones((batch, inner, columns))
+    compiled = function.lower(x, w).compile()
+    found = costs.measure(compiled, lambda: compiled(x, w), lambda path: path.split("/")[-1])
+    assert all(cost.seconds > 0 for cost in found)
+    products = [cost for cost in found if cost.kind == "product"]
+    expected = turns * 2 * 2 * batch * rows * inner * columns / 1e9
+    assert sum(cost.gigaflop for cost in products) == pytest.approx(expected)
+    assert {cost.shape for cost in products} == {"2 of 8x16x32", "2 of 8x32x16"}
+    assert {cost.count for cost in products} == {turns}
+    assert found[-1].place == "nothing under way"
+    kinds, places = costs.tables(found, 10.0, 2, "Here")
+    assert kinds.row_count == len({cost.kind for cost in found})
+    assert places.row_count == 2
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "kind"),
+    [
+        (("parameter", "dot", "add", "reduce"), "product"),
+        (("parameter", "multiply", "reduce"), "reduction"),
+        (("parameter", "tanh", "dynamic-update-slice"), "write to a stack"),
+        (("parameter", "bitcast", "transpose"), "copy"),
+        (("parameter", "broadcast", "exponential"), "elementwise"),
+    ],
+)
+def test_an_operation_is_of_a_kind(costs, opcodes, kind):
+    assert costs.kind(opcodes) == kind
 
 
 def test_the_head_at_masked_slots_saves_what_it_should():

@@ -407,6 +407,24 @@ def test_on_a_pod_programs_with_a_mesh_meet_by_themselves(
     assert [process for process, *_ in started] == [Process("w-0:8482", 2, 1), None]
 
 
+def test_the_others_are_told_how_a_program_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(configure.distributed, "started", lambda: Process("w-0:8482", 2, 1))
+    monkeypatch.setattr(configure.distributed, "finish", lambda: told.append("done"))
+    monkeypatch.setattr(configure.distributed, "leave", told.append)
+
+    def failing(*, error: str) -> None:
+        raise {"input": InputError, "interrupt": KeyboardInterrupt}[error](error)
+
+    assert launch(monkeypatch, function=toy_mesh) == 0
+    assert launch(monkeypatch, "--error=input", function=failing) == 2
+    assert launch(monkeypatch, "--error=interrupt", function=failing) == 130
+    assert told == ["done", 2, 130]
+    with pytest.raises(KeyError):
+        launch(monkeypatch, "--error=unforeseen", function=failing)
+    assert told[3:] == [1]
+
+
 def test_flags_of_a_process_that_are_not_whole(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,12 +16,11 @@ import pytest
 from t5x_lite import distributed
 from t5x_lite.distributed import Process, from_flags, on_pod
 from t5x_lite.types import InputError
+from tests.processes import free_port
 
 
 def free_address() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{server.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def test_flags_name_a_process_or_none() -> None:
@@ -137,7 +136,23 @@ def test_gkes_workers(tpu: None, metadata: Any) -> None:
 
 
 @pytest.fixture
-def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, dict[int, socket.socket]]]:
+    """Each process's connections to others, in place of its lifeline, which could end the tests."""
+    found: dict[int, dict[int, socket.socket]] = {}
+
+    def lifeline(index: int, count: int, connections: dict[int, socket.socket]) -> None:
+        found[index] = connections
+
+    monkeypatch.setattr(distributed, "Lifeline", lifeline)
+    monkeypatch.setattr(distributed, "_lifeline", None)
+    yield found
+    for connections in found.values():
+        for connection in connections.values():
+            connection.close()
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch, lines: Any) -> list[int]:
     """The processes that went on to jax."""
     found: list[int] = []
 
@@ -169,12 +184,23 @@ def test_all_who_come_go_on(joined: list[int]) -> None:
     assert sorted(joined) == [0, 1, 2, 3]
 
 
+def test_connections_stay_and_the_port_is_free(joined: list[int], lines: Any) -> None:
+    process = Process(free_address(), 3, 0)
+    meet(process, *(Process(process.coordinator, 3, i) for i in (1, 2)), timeout=30)
+    assert {index: set(found) for index, found in lines.items()} == {0: {1, 2}, 1: {0}, 2: {0}}
+    socket.create_server(process.address).close()  # as jax does next
+    for index in (1, 2):
+        lines[index][0].sendall(b"here %d" % index)
+        assert lines[0][index].recv(16) == b"here %d" % index
+
+
 def test_one_process_alone_waits_for_nobody(joined: list[int]) -> None:
     distributed.start(None)
     distributed.start(Process("nowhere.invalid:1", 1, 0))
     assert joined == []
     assert distributed.started() is None
-    distributed.leave(1)  # which is for one of several
+    distributed.finish()  # both are for one of several
+    distributed.leave(1)
 
 
 def test_who_is_missing_is_said_to_all(joined: list[int]) -> None:

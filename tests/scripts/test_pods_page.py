@@ -14,7 +14,7 @@ import yaml
 
 from tests import pages
 from tests.pages import ROOT
-from tests.train.test_processes import free_port
+from tests.processes import free_port
 
 SCRIPT = ROOT / "scripts" / "tpu_vm.sh"
 SLICE = ("--name=pod", "--zone=z")

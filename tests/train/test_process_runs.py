@@ -7,21 +7,19 @@ evaluations in between, with one process of eight devices and with one device.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import signal
 
 import numpy as np
 import pytest
 
 from t5x_lite.data.vocabularies import train_byte_level
-from tests import xla
-from tests.train.test_processes import ROOT, free_port
+from tests import processes
 
 MESH = ("--gin.Partitioner.data=2", "--gin.Partitioner.fsdp=2", "--gin.Partitioner.model=2")
 DATA = ("--gin.Partitioner.data=8",)
 ONE = ("--gin.Partitioner.data=1",)
+TRAIN = str(processes.ROOT / "scripts" / "train.py")
 STEPS = 4
 
 # The demo's run of a family, on a few lines of text and with a smaller model.
@@ -85,40 +83,18 @@ def folder(tmp_path_factory):
     return path
 
 
-def train(folder, family, run, *flags, processes=1, devices=8):
-    """The records of the run's metrics; `devices` are those of all processes."""
-    port = free_port()
+def train(folder, family, run, *flags, count=1, devices=8):
+    """The records of the run's metrics; `devices` are those of all its `count` processes."""
     for file in folder.glob("rows-*"):
         file.unlink()
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": xla.flags(devices // processes),
-    }
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"--gin_file={family}.gin"]
-    command += [f"--model_dir={run}", *flags]
-    several = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
-    started = [
-        subprocess.Popen(
-            [*command, *([*several, f"--process_id={index}"] if processes > 1 else [])],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-            cwd=folder,
-        )
-        for index in range(processes)
-    ]
-    try:
-        ended = [process.communicate(timeout=600) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for index, (process, (_, stderr)) in enumerate(zip(started, ended, strict=True)):
-        assert process.returncode == 0, f"process {index}: {stderr[-3000:]}"
-        assert (f"Done: {run}" in stderr) == (index == 0), "process 0 alone says what happens"
-        rows = 16 // processes
+    command = [TRAIN, f"--gin_file={family}.gin", f"--model_dir={run}", *flags]
+    port = processes.free_port()
+    commands = [[*command, *processes.flags(port, count, index)] for index in range(count)]
+    for index, process in enumerate(processes.run(commands, folder, devices)):
+        assert process.returncode == 0, f"process {index}: {process.stderr[-3000:]}"
+        said = f"Done: {run}" in process.stderr
+        assert said == (index == 0), "process 0 alone says what happens"
+        rows = 16 // count
         # All read the first row, to check that the parts fit.
         asked = set((folder / f"rows-{index}").read_text().split()) - {"0:1"}
         assert asked == {f"{index * rows}:{(index + 1) * rows}"}, "each loads its own rows alone"
@@ -143,7 +119,7 @@ def test_two_processes_train_as_one_does(folder, family):
     one = train(folder, family, f"{family}/one", *ONE, devices=1)
     assert one[-1]["held_out/loss"] < one[0]["held_out/loss"]
     assert_same(train(folder, family, f"{family}/eight", *MESH), one)
-    assert_same(train(folder, family, f"{family}/two", *MESH, processes=2), one)
+    assert_same(train(folder, family, f"{family}/two", *MESH, count=2), one)
     # One device goes on from the middle of what the two processes wrote.
     source, again = folder / family / "two", folder / family / "again"
     shutil.copytree(source, again)
@@ -156,11 +132,13 @@ def test_two_processes_train_as_one_does(folder, family):
 def test_two_processes_go_on_from_what_one_wrote(folder):
     one = train(folder, "gpt", "gpt/whole", *ONE, devices=1)
     shutil.rmtree(folder / "gpt" / "whole" / "checkpoints" / str(STEPS))
-    assert_same(train(folder, "gpt", "gpt/whole", *DATA, processes=2), one)
+    assert_same(train(folder, "gpt", "gpt/whole", *DATA, count=2), one)
 
 
-# One process fails by itself, while the other waits for it in a collective.
-FAILS = """
+# One process ends by itself, while the others wait for it: in a collective, or at their own end.
+ENDS = """
+import os, signal, time
+
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
@@ -169,63 +147,59 @@ from t5x_lite import configure
 from t5x_lite.types import InputError
 
 
-def fail(*, foreseen: bool):
+def end(*, how: str, which: int):
     process_allgather(np.ones(3))
-    if jax.process_index() == 1:
-        raise InputError("only here") if foreseen else ValueError("only here")
-    process_allgather(np.ones(4))
+    if jax.process_index() == which:
+        if how == "bad input":
+            raise InputError("only here")
+        if how == "exception":
+            raise ValueError("only here")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(2)
+        raise InputError("only here")
+    if how != "late":
+        process_allgather(np.ones(4))
 
 
 if __name__ == "__main__":
-    configure.main(fail)
+    configure.main(end)
 """
 
 
-@pytest.mark.parametrize(("foreseen", "code"), [("True", 2), ("False", 1)])
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "code", "word"),
+    [
+        ("bad input", 2, "has failed"),
+        ("exception", 1, "has failed"),
+        ("killed", -signal.SIGKILL, "has gone"),
+        ("late", 2, "has failed"),
+    ],
+)
 @pytest.mark.slow
-def test_when_one_process_fails_the_others_end_soon(tmp_path, foreseen, code):
-    (tmp_path / "fail.py").write_text(FAILS)
-    command = [sys.executable, "fail.py", f"--gin.fail.foreseen={foreseen}", "--num_processes=2"]
-    command += [f"--coordinator=127.0.0.1:{free_port()}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    zero, one = (
-        subprocess.Popen(
-            [*command, f"--process_id={index}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-            cwd=tmp_path,
-        )
-        for index in range(2)
-    )
-    try:
-        _, said = one.communicate(timeout=120)
-        zero.communicate(timeout=200)  # jax by itself: 300 seconds
-    finally:
-        for process in (zero, one):
-            process.kill()
-    assert one.returncode == code
-    assert "only here" in said
-    assert zero.returncode not in (0, None)
+def test_when_one_process_ends_the_others_do(tmp_path, how, code, word, which):
+    (tmp_path / "end.py").write_text(ENDS)
+    command = ["end.py", f"--gin.end.how={how}", f"--gin.end.which={which}"]
+    port = processes.free_port()
+    commands = [[*command, *processes.flags(port, 3, index)] for index in range(3)]
+    with processes.started(commands, tmp_path, devices=3) as running:
+        first = running.pop(which)
+        _, said = first.communicate(timeout=120)
+        others = [process.communicate(timeout=30)[1] for process in running]  # jax: 100 seconds
+    assert first.returncode == code
+    assert ("only here" in said) == (how != "killed")
+    for process, said in zip(running, others, strict=True):
+        assert process.returncode == 1
+        # Without process 0 jax may be quicker to end the others, and says why itself.
+        by_jax = how == "killed" and which == 0 and "coordination service" in said
+        assert f"process {which} of 3 {word}" in said or by_jax
 
 
 def test_a_host_that_does_not_come_is_waited_for_so_long(folder):
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--gin_file=gpt.gin"]
-    command += [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_id=0"]
-    done = subprocess.run(
-        [*command, "--process_timeout=1"],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
-            "JAX_PLATFORMS": "cpu",
-        },
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    several = [*processes.flags(processes.free_port(), 2, 0), "--process_timeout=1"]
+    command = [TRAIN, "--gin_file=gpt.gin", *several]
+    (done,) = processes.run([command], folder, devices=1, timeout=120)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: 2 processes were expected, 1 came in 1 seconds: missing 1 ")

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import xla
+from tests import processes
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = 11  # with 8 rows a batch: one full batch and one of 3, which one process has to itself
 
 # Arguments: folder, port, number of processes, index of this one.
@@ -65,43 +60,18 @@ evaluations = [
 ]
 path = f"{folder}/{count}-{index}-{{name}}.jsonl"
 print(json.dumps(Evaluator(session, evaluations).run(params, {}, predictions=path)))
+distributed.finish()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def evaluate(folder: Path, count: int) -> list[dict[str, float]]:
     """What each of `count` processes, with four devices between them, measured."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": xla.flags(4 // count),
-    }
-    port = free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(folder), str(port), str(count), str(index)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-            cwd=ROOT,
-        )
-        for index in range(count)
-    ]
-    try:
-        ended = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, stderr) in zip(started, ended, strict=True):
-        assert process.returncode == 0, stderr[-3000:]
-    return [json.loads(stdout.splitlines()[-1]) for stdout, _ in ended]
+    port = str(processes.free_port())
+    commands = [["-c", PROGRAM, str(folder), port, str(count), str(i)] for i in range(count)]
+    ended = processes.run(commands, folder, devices=4, timeout=300)
+    for process in ended:
+        assert process.returncode == 0, process.stderr[-3000:]
+    return [json.loads(process.stdout.splitlines()[-1]) for process in ended]
 
 
 @pytest.mark.slow
