@@ -166,7 +166,10 @@ def nbytes(shape: str) -> int:
 
 @dataclass
 class Traffic:
-    """Collectives of one kind, over all turns of loops; bytes are what a chip sends."""
+    """Collectives of one kind, over all turns of loops; bytes are what a chip sends.
+
+    Copies "to the host" and "from the host" are kinds too, of what goes over PCIe.
+    """
 
     kind: str
     count: float = 0
@@ -184,7 +187,7 @@ class Times:
     """What a program is expected to take, in seconds."""
 
     compute: float = 0.0
-    exposed: float = 0.0  # waiting for collectives
+    exposed: float = 0.0  # waiting for collectives, or the host's memory
     by_source: dict[str, float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float)
     )
@@ -212,6 +215,7 @@ class Machine:
     hbm_bandwidth: float
     chips: int
     ring_bandwidth: Callable[[int], float]  # of a collective among so many, bytes a second
+    host_bandwidth: float = math.inf  # bytes a second, each way
     cautious: bool = False
 
     def seconds(self, program: Program, shapes: Mapping[str, str], line: Instruction) -> float:
@@ -272,7 +276,8 @@ def estimate(program: Program, machine: Machine) -> Times:
         return known[name]
 
     def run(lines: tuple[Instruction, ...]) -> Times:
-        times, now, link = Times(), 0.0, 0.0
+        times, now = Times(), 0.0
+        free: dict[str, float] = {}  # when a way is: the links, to the host, from the host
         ready: dict[str, float] = {}  # when what was started has come, by the start's name
         channels: dict[str, str] = {}  # the start's name, by channel
         shapes = {line.name: line.shape for line in lines}
@@ -287,7 +292,7 @@ def estimate(program: Program, machine: Machine) -> Times:
                 times.add(slowest, 1)
                 now += slowest.total
                 continue
-            found = program.collective(line)
+            found = program.collective(line) or host_copy(line, shapes)
             channel = "" if found is None else found.channel
             started = channels.get(channel) if channel else None
             if started is None:  # a done that names its start
@@ -300,9 +305,12 @@ def estimate(program: Program, machine: Machine) -> Times:
             elif found is not None and started is None:
                 traffic, seconds = _sent(found, machine)
                 times.traffic.setdefault(traffic.kind, Traffic(traffic.kind)).add(traffic, 1)
-                link = max(link, now) + seconds
+                way = "links" if traffic.kind in COLLECTIVES else traffic.kind
+                free[way] = link = max(free.get(way, 0.0), now) + seconds
                 if "-start" in line.name:
-                    ready[line.name], channels[channel] = link, line.name
+                    ready[line.name] = link
+                    if channel:
+                        channels[channel] = line.name
                 else:
                     times.exposed += link - now
                     times.by_source[f"waiting: {short(line.source)}"] += link - now

@@ -162,7 +162,7 @@ def test_moments_are_float32_and_float32_parameters_as_ever(config):
 
 
 def test_an_unknown_rounding_is_named():
-    with pytest.raises(InputError, match="AdamW.rounding='up'"):
+    with pytest.raises(InputError, match=r"AdamW\.rounding='up'"):
         AdamW(0.1, rounding="up")
 
 
