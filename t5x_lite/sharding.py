@@ -265,19 +265,17 @@ def check_host_memory(device: Any) -> None:
         )
 
 
-def fetched(tree: Params, after: Params) -> Params:
-    """`tree` for computing: its arrays in hosts' memory brought to the devices.
+def fetched(tree: Params) -> Params:
+    """`tree` for computing: its arrays in hosts' memory brought to the devices, the others as is.
 
-    Not before `after` is there, so that what is fetched takes the place of what made it. Arrays
-    that are there, and `tree` without others, stay as they are.
+    The compiler says when: as early as it likes to hide the copying, where it has the memory.
     """
-    flat, structure = jax.tree.flatten(tree)
-    away = [i for i, x in enumerate(flat) if jax.typeof(x).memory_space == jax.memory.Space.Host]
-    if away:
-        held, _ = jax.lax.optimization_barrier(([flat[i] for i in away], after))
-        for i, x in zip(away, held, strict=True):
-            flat[i] = jax.device_put(x, jax.memory.Space.Device)
-    return structure.unflatten(flat)
+
+    def fetch(x: Array) -> Array:
+        away = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if away else x
+
+    return jax.tree.map(fetch, tree)
 
 
 def constrain(x: Array, *names: str | None) -> Array:

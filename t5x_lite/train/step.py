@@ -220,7 +220,7 @@ def train_step(
     denominator = jnp.maximum(sums["denominator"], 1e-9)  # a batch of padding alone changes nothing
     grads = jax.tree.map(lambda grad: grad / denominator.astype(_wide(grad.dtype)), grads)
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
-        grads, fetched(state.opt_state, grads), state.params, key=jax.random.fold_in(rng, ROUNDING)
+        grads, fetched(state.opt_state), state.params, key=jax.random.fold_in(rng, ROUNDING)
     )
     params = optax.apply_updates(state.params, updates)
     metrics = {**sums, "gradient_norm": optax.global_norm(grads), "step": state.step}
