@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -23,6 +23,8 @@ from t5x_lite import trees
 from t5x_lite.types import Array, Batch, InputError, Params
 
 MESH_AXES = ("data", "fsdp", "model")
+HOST: Final = "pinned_host"  # jax's name of the memory that offloading uses
+OFFLOADED: Final = ("optimizer",)  # what can be
 AxisRule = str | tuple[str, ...] | None
 Names = Sequence[str | None]
 
@@ -58,8 +60,14 @@ class Partitioner:
     fsdp: int = 1  # batch split, and parameters split along the embedding
     model: int = 1  # heads, MLP and vocabulary split
     rules: Sequence[tuple[str, AxisRule]] = DEFAULT_RULES
+    # What the devices' hosts hold between its uses: "optimizer", the optimizer's state.
+    offload: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.offload, str) or set(self.offload) - set(OFFLOADED):
+            raise InputError(
+                f"Partitioner.offload={self.offload!r}: expected a tuple, of {OFFLOADED}"
+            )
         sizes = (self.data, self.fsdp, self.model)
         if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
             raise InputError(
@@ -153,6 +161,16 @@ class Partitioner:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
+    def between_uses(self, what: str, spec: PartitionSpec) -> NamedSharding:
+        """The sharding of arrays of `what`, one of `OFFLOADED`, while nothing computes with them.
+
+        In the hosts' memory if `offload` has it. Raises InputError for devices that reach none.
+        """
+        if what not in self.offload:
+            return NamedSharding(self.mesh, spec)
+        check_host_memory(self.mesh.devices.flat[0])
+        return NamedSharding(self.mesh, spec, memory_kind=HOST)
+
     @property
     def batch_sharding(self) -> NamedSharding:
         """For `[batch, length]` arrays: rows split over the data axes."""
@@ -235,6 +253,29 @@ def described(devices: Sequence[Any]) -> Iterator[None]:
         yield
     finally:
         _DESCRIBED.reset(token)
+
+
+def check_host_memory(device: Any) -> None:
+    """Raises InputError for a device that no array can be offloaded from."""
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise InputError(
+            f"Partitioner.offload: {device} has no memory of kind {HOST}, but {', '.join(kinds)}; "
+            "leave offload empty"
+        )
+
+
+def fetched(tree: Params) -> Params:
+    """`tree` for computing: its arrays in hosts' memory brought to the devices, the others as is.
+
+    The compiler says when: as early as it likes to hide the copying, where it has the memory.
+    """
+
+    def fetch(x: Array) -> Array:
+        away = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if away else x
+
+    return jax.tree.map(fetch, tree)
 
 
 def constrain(x: Array, *names: str | None) -> Array:

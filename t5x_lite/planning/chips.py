@@ -1,7 +1,8 @@
 """TPU chips and slices: what they have, and their description for the compiler.
 
 Figures: Google Cloud's pages of TPU v4, v5e, v5p and v6e; bandwidth of memory and links also "How
-to Scale Your Model" (Austin et al. 2025), whose links are those that a program can reach.
+to Scale Your Model" (Austin et al. 2025), whose links are those that a program can reach, and which
+reckons with 15 GB/s a chip over PCIe.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Chip:
     hbm_bandwidth: float  # bytes a second
     link_bandwidth: float  # bytes a second over one link of the torus, one way
     options: tuple[tuple[str, str], ...] = ()  # what the compiler is told of it
+    host_bandwidth: float = 1.5e10  # bytes a second to its host over PCIe, and as many back
 
 
 CHIPS: Final = {

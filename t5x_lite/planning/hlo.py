@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from t5x_lite.planning.shapes import elements, hbm_bytes, nbytes, on_host, parts
+
 COLLECTIVES: Final = (
     "all-gather",
     "all-reduce",
@@ -22,13 +24,9 @@ COLLECTIVES: Final = (
     "all-to-all",
     "collective-permute",
 )
+TO_HOST: Final = "to the host"
+FROM_HOST: Final = "from the host"
 REDUCTIONS: Final = ("all-reduce", "reduce-scatter")
-_BYTES: Final = {
-    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2", "s4", "u4"), 1),
-    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
-    **dict.fromkeys(("f32", "s32", "u32"), 4),
-    **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
-}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"(?:^|\s)([a-z][\w\-]*)\(")
@@ -64,6 +62,13 @@ class Instruction:
     def modelled(self) -> bool:
         """Whether the compiler's cost model stands behind the cycles, or they are a guess."""
         return "COST_MODEL_TYPE_INVALID" not in self.rest
+
+    @property
+    def copies_host(self) -> bool:
+        """Whether it starts a copy between HBM and the host's memory: `(to, from, ...)`."""
+        if self.opcode != "copy-start":
+            return False
+        return sum(map(on_host, parts(self.shape)[:2])) == 1
 
     @property
     def source(self) -> str:
@@ -133,9 +138,9 @@ class Program:
                 own = {part.name: part.shape for part in inner}
                 total += sum(self.product_flops(part, own) for part in inner)
         elif line.opcode in ("dot", "convolution") and "window=" not in line.rest:
-            parts = [line.shape, *(shapes.get(name, "") for name in line.operands[:2])]
+            three = [line.shape, *(shapes.get(name, "") for name in line.operands[:2])]
             # m n, m k and k n: the root of their product is m n k.
-            total = 2 * math.sqrt(math.prod(map(_elements, parts)))
+            total = 2 * math.sqrt(math.prod(map(elements, three)))
         return total
 
     def collective(self, line: Instruction) -> Instruction | None:
@@ -150,23 +155,12 @@ class Program:
         return None
 
 
-def _elements(shape: str) -> int:
-    match = re.search(r"\w+\[([\d,]*)\]", shape)
-    return math.prod(int(n) for n in match[1].split(",") if n) if match else 0
-
-
-def nbytes(shape: str) -> int:
-    """Bytes of a shape's text, all parts of a tuple together."""
-    return sum(
-        _BYTES[kind] * math.prod(int(n) for n in sides.split(",") if n)
-        for kind, sides in re.findall(r"(\w+)\[([\d,]*)\]", shape)
-        if kind in _BYTES
-    )
-
-
 @dataclass
 class Traffic:
-    """Collectives of one kind, over all turns of loops; bytes are what a chip sends."""
+    """Collectives of one kind, over all turns of loops; bytes are what a chip sends.
+
+    Copies "to the host" and "from the host" are kinds too, of what goes over PCIe.
+    """
 
     kind: str
     count: float = 0
@@ -184,7 +178,7 @@ class Times:
     """What a program is expected to take, in seconds."""
 
     compute: float = 0.0
-    exposed: float = 0.0  # waiting for collectives
+    exposed: float = 0.0  # waiting for collectives, or the host's memory
     by_source: dict[str, float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float)
     )
@@ -212,6 +206,7 @@ class Machine:
     hbm_bandwidth: float
     chips: int
     ring_bandwidth: Callable[[int], float]  # of a collective among so many, bytes a second
+    host_bandwidth: float = math.inf  # bytes a second, each way
     cautious: bool = False
 
     def seconds(self, program: Program, shapes: Mapping[str, str], line: Instruction) -> float:
@@ -223,7 +218,7 @@ class Machine:
 
         `cautious`: the compiler's cycles for everything, and kernels at half of their rooflines.
         """
-        moved = sum(map(_hbm, (line.shape, *(shapes.get(name, "") for name in line.operands))))
+        moved = sum(map(hbm_bytes, (line.shape, *(shapes.get(name, "") for name in line.operands))))
         if line.opcode == "custom-call" and "tpu_custom_call" in line.rest:
             roof = max(_kernel_flops(line, shapes) / self.flops, moved / self.hbm_bandwidth)
             return 2 * roof if self.cautious else roof
@@ -244,21 +239,12 @@ def _kernel_flops(line: Instruction, shapes: Mapping[str, str]) -> float:
     if found := re.search(r'"flops":"?(\d+)', line.rest):
         return float(found[1])
     products = next((count for name, count in _SPLASH if line.name.startswith(name)), 0)
-    query = max((shapes.get(name, "") for name in line.operands), key=_elements, default="")
+    query = max((shapes.get(name, "") for name in line.operands), key=elements, default="")
     sides = re.search(r"\w+\[([\d,]*)\]", query)
     if not products or sides is None:
         return 0.0
     length = [int(side) for side in sides[1].split(",")][-2]
-    return 2.0 * products * _elements(query) * length
-
-
-def _hbm(shape: str) -> int:
-    """Bytes of a shape's arrays that are in HBM, and not in a chip's own memory, `S(1)`."""
-    return sum(
-        nbytes(part)
-        for part in re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", shape)
-        if "S(" not in part
-    )
+    return 2.0 * products * elements(query) * length
 
 
 def estimate(program: Program, machine: Machine) -> Times:
@@ -272,7 +258,8 @@ def estimate(program: Program, machine: Machine) -> Times:
         return known[name]
 
     def run(lines: tuple[Instruction, ...]) -> Times:
-        times, now, link = Times(), 0.0, 0.0
+        times, now = Times(), 0.0
+        free: dict[str, float] = {}  # when a way is: the links, to the host, from the host
         ready: dict[str, float] = {}  # when what was started has come, by the start's name
         channels: dict[str, str] = {}  # the start's name, by channel
         shapes = {line.name: line.shape for line in lines}
@@ -287,7 +274,7 @@ def estimate(program: Program, machine: Machine) -> Times:
                 times.add(slowest, 1)
                 now += slowest.total
                 continue
-            found = program.collective(line)
+            found = program.collective(line) or (line if line.copies_host else None)
             channel = "" if found is None else found.channel
             started = channels.get(channel) if channel else None
             if started is None:  # a done that names its start
@@ -300,9 +287,12 @@ def estimate(program: Program, machine: Machine) -> Times:
             elif found is not None and started is None:
                 traffic, seconds = _sent(found, machine)
                 times.traffic.setdefault(traffic.kind, Traffic(traffic.kind)).add(traffic, 1)
-                link = max(link, now) + seconds
+                way = "links" if traffic.kind in COLLECTIVES else traffic.kind
+                free[way] = link = max(free.get(way, 0.0), now) + seconds
                 if "-start" in line.name:
-                    ready[line.name], channels[channel] = link, line.name
+                    ready[line.name] = link
+                    if channel:
+                        channels[channel] = line.name
                 else:
                     times.exposed += link - now
                     times.by_source[f"waiting: {short(line.source)}"] += link - now
@@ -318,8 +308,12 @@ def estimate(program: Program, machine: Machine) -> Times:
 
 
 def _sent(line: Instruction, machine: Machine) -> tuple[Traffic, float]:
-    """What each chip sends round a ring in a collective, and how long that takes."""
+    """What each chip sends round a ring in a collective, or to or from its host, and how long."""
     kind = line.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        copied = parts(line.shape)[0]
+        kind, size = TO_HOST if on_host(copied) else FROM_HOST, nbytes(copied)
+        return Traffic(kind, 1, size, size / machine.host_bandwidth), size / machine.host_bandwidth
     group = line.group or machine.chips
     size = nbytes(_results(line)) * (group if kind == "reduce-scatter" else 1)
     if kind == "collective-permute":  # to a neighbour, over one link
@@ -338,22 +332,16 @@ def _results(line: Instruction) -> str:
     """
     if line.opcode not in ("all-gather-start", "collective-permute-start"):
         return line.shape
-    depth, parts = 0, [""]
-    for character in line.shape.strip()[1:-1]:
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0 and character == ",":
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts[1] if len(parts) > 1 else line.shape
+    found = parts(line.shape)
+    return found[1] if len(found) > 1 else line.shape
 
 
 def short(source: str) -> str:
     """`jit(train_step)/jvp(Transformer)/decoder/while/body/mlp/wi_0/dot_general` -> its parts."""
     backward = "backward " if "transpose(" in source else ""
     dropped = r"jit\(.*?\)|jvp\(.*?\)+|transpose\(.*|while|body|closed_call|checkpoint|rematted.*"
-    parts = [part for part in source.split("/") if part and not re.fullmatch(dropped, part)]
-    return backward + ("/".join(parts[-3:]) or "what XLA adds")
+    kept = [part for part in source.split("/") if part and not re.fullmatch(dropped, part)]
+    return backward + ("/".join(kept[-3:]) or "what XLA adds")
 
 
 def _split(text: str) -> tuple[str, str, str]:

@@ -21,8 +21,11 @@ def show(found: Plan, total_steps: int | None, output: str | None, console: Cons
         table.add_row(kind, f"{size / 2**30:.2f}")
     verdict = "fits" if found.fits else "does NOT fit"
     table.add_row(f"all, of {found.hbm / 2**30:.0f}: {verdict}", f"{found.used / 2**30:.2f}")
+    for kind, size in found.host_memory.items():
+        table.add_row(f"host memory: {kind}", f"{size / 2**30:.2f}")
     console.print(table)
-    table = Table(title="Collectives of a step, each chip")
+    copies = " and copies to and from the host" if found.host_memory else ""
+    table = Table(title=f"Collectives{copies} of a step, each chip")
     for column in ("kind", "times", "sends, MiB", "on the links, ms"):
         table.add_column(column, justify="left" if column == "kind" else "right")
     for one in found.collectives:
@@ -44,7 +47,7 @@ def show(found: Plan, total_steps: int | None, output: str | None, console: Cons
     )
     say(
         f"{_STEPS[found.step]}, estimated: {1e3 * found.step_seconds:,.1f} ms, of which "
-        f"{1e3 * found.exposed_seconds:,.1f} wait for collectives; MFU {found.mfu:.2f}, "
+        f"{1e3 * found.exposed_seconds:,.1f} wait for collectives{copies}; MFU {found.mfu:.2f}, "
         f"{found.tokens_per_second:,.0f} tokens/s"
     )
     slow = found.cautious_seconds

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from t5x_lite import trees
 from t5x_lite.train.adafactor import adafactor, is_axes
+from t5x_lite.train.rounding import ROUNDINGS, Rounding, rounded
 from t5x_lite.train.schedules import Schedule, learning_rate_at
 from t5x_lite.types import InputError, Params
 
@@ -50,8 +51,9 @@ class AdamW:
     weight_decay: float = 0.0  # multiplied by the learning rate
     decay_rules: DecayRules = ()  # first match wins; else all but UNDECAYED
     clip_norm: float | None = None  # of the gradients' global norm, before anything else
-    momentum_dtype: Any = None  # of the first moment; None: the parameter's
+    momentum_dtype: Any = None  # of the first moment; None: float32
     rate_rules: RateRules = ()  # first match wins; else 1.0
+    rounding: Rounding | None = None  # of bfloat16 parameters, which want one: see `rounding`
 
     def __post_init__(self) -> None:
         _check(self, fractions=("b1", "b2"), positive=("eps",))
@@ -85,6 +87,7 @@ class Lion:
     clip_norm: float | None = None
     momentum_dtype: Any = None
     rate_rules: RateRules = ()
+    rounding: Rounding | None = None
 
     def __post_init__(self) -> None:
         _check(self, fractions=("b1", "b2"))
@@ -120,6 +123,7 @@ class Adafactor:
     decay_rules: DecayRules = ()
     clip_norm: float | None = None
     rate_rules: RateRules = ()
+    rounding: Rounding | None = None
 
     def __post_init__(self) -> None:
         fractions = ("weight_decay_rate",) if self.beta1 is None else ("weight_decay_rate", "beta1")
@@ -222,7 +226,7 @@ def _float32_schedule(learning_rate: Schedule | float) -> Schedule | float:
 def _finished(
     step: optax.GradientTransformation, axes: Params, config: Any
 ) -> optax.GradientTransformation:
-    """`step` behind clipping and ahead of the rates of single parameters."""
+    """`step` behind clipping and ahead of single parameters' rates and rounding."""
     parts = [step]
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
@@ -235,7 +239,8 @@ def _finished(
                 )
             )
         )
-    return optax.chain(*parts) if len(parts) > 1 else step
+    whole = optax.chain(*parts) if len(parts) > 1 else step
+    return rounded(whole, config.rounding, f"{type(config).__name__}.rounding")
 
 
 def _check(config: Any, fractions: tuple[str, ...] = (), positive: tuple[str, ...] = ()) -> None:
@@ -250,5 +255,7 @@ def _check(config: Any, fractions: tuple[str, ...] = (), positive: tuple[str, ..
         value = getattr(config, knob)
         if value is not None and value <= 0.0:
             raise InputError(f"{name}.{knob} is {value}; expected more than 0")
+    if config.rounding not in (None, *ROUNDINGS):
+        raise InputError(f"{name}.rounding='{config.rounding}'; known: None, {ROUNDINGS}")
     if getattr(config, "weight_decay", 0.0) < 0.0:
         raise InputError(f"{name}.weight_decay is {config.weight_decay}; expected 0 or more")

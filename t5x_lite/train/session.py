@@ -147,12 +147,13 @@ class Session:
         specs = optim.state_specs(
             opt_shapes, params, jax.tree.map(lambda shape: shape.sharding.spec, params)
         )
-        mesh = self.partitioner.mesh
-        opt_shardings = jax.tree.map(
-            lambda spec: NamedSharding(mesh, spec),
-            specs,
-            is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
-        )
+
+        def place(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
+            if not leaf.shape:  # a count: nothing would be saved
+                return self.partitioner.replicated
+            return self.partitioner.between_uses("optimizer", spec)
+
+        opt_shardings = jax.tree.map(place, opt_shapes, specs)
         step = jax.ShapeDtypeStruct((), "int32", sharding=self.partitioner.replicated)
         return TrainState(step, params, _with_shardings(opt_shapes, opt_shardings))
 

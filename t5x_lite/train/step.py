@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Final
 
 import flax.struct
 import jax
@@ -15,6 +16,7 @@ from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.transformer import Transformer, head_parameters
 from t5x_lite.models.weights import draws, is_node
 from t5x_lite.peft.transform import Transform
+from t5x_lite.sharding import fetched
 from t5x_lite.train import chunked
 from t5x_lite.train.losses import (
     Normalisation,
@@ -26,6 +28,7 @@ from t5x_lite.train.losses import (
 from t5x_lite.types import Array, Batch, InputError, Params
 
 Sums = dict[str, Array]
+ROUNDING: Final = 2**32 - 1  # of a step's keys that which rounds parameters: no microbatch's
 
 
 @flax.struct.dataclass
@@ -174,7 +177,8 @@ def train_step(
     """One optimizer step on one global batch.
 
     Gradients and metrics are summed over microbatches and divided once, so that neither their
-    number nor uneven padding changes the result. Dropout is keyed by (seed, step, microbatch).
+    number nor uneven padding changes the result: in float32, whatever the parameters are. Dropout
+    is keyed by (seed, step, microbatch), stochastic rounding by (seed, step, path).
 
     Args:
       state: donated by the caller.
@@ -208,17 +212,24 @@ def train_step(
 
         first = jax.tree.map(lambda part: part[0], parts)
         shapes = jax.eval_shape(gradient, first, jnp.int32(0))
-        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, _wide(shape.dtype)), shapes)
         (grads, sums), _ = jax.lax.scan(
             accumulate, zeros, (parts, jnp.arange(microbatches, dtype=jnp.int32))
         )
 
     denominator = jnp.maximum(sums["denominator"], 1e-9)  # a batch of padding alone changes nothing
-    grads = jax.tree.map(lambda grad: grad / denominator.astype(grad.dtype), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    grads = jax.tree.map(lambda grad: grad / denominator.astype(_wide(grad.dtype)), grads)
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        grads, fetched(state.opt_state), state.params, key=jax.random.fold_in(rng, ROUNDING)
+    )
     params = optax.apply_updates(state.params, updates)
     metrics = {**sums, "gradient_norm": optax.global_norm(grads), "step": state.step}
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _wide(dtype: Any) -> Any:
+    """The dtype to add up numbers of `dtype` in."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def eval_step(

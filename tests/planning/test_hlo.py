@@ -134,6 +134,44 @@ def test_what_is_in_the_chips_own_memory_is_not_moved():
     assert times.by_source["backward add"] == pytest.approx(4000 / 1e6)
 
 
+# 1,000 numbers are fetched while 3,000 cycles compute, and put back at the end.
+OFFLOADED = """
+ENTRY %main (x: f32[1000]) -> f32[1000] {
+  %x = f32[1000]{0:T(1024)S(5)} parameter(0)
+  %y = f32[1000]{0:T(1024)S(1)} parameter(1)
+  %near.1 = (f32[1000]{0:T(1024)S(1)}, f32[1000]{0:T(1024)}, u32[]{:S(2)}) copy-start(%y)
+  %copy-start.1 = (f32[1000]{0:T(1024)}, f32[1000]{0:T(1024)S(5)}, u32[]{:S(2)}) copy-start(%x)
+  %product.1 = f32[8,8]{1,0:S(1)} fusion(%y), kind=kOutput, calls=%none, metadata={op_name="jit(f)/product"}, backend_config={"window_config":{"estimated_cycles":"3000","cost_model_type":"COST_MODEL_TYPE_CLASSIC"}}
+  %copy-done.1 = f32[1000]{0:T(1024)} copy-done(%copy-start.1), metadata={op_name="jit(f)/fetch"}
+  %copy-start.2 = (f32[1000]{0:T(1024)S(5)}, f32[1000]{0:T(1024)}, u32[]{:S(2)}) copy-start(%copy-done.1)
+  ROOT %copy-done.2 = f32[1000]{0:T(1024)S(5)} copy-done(%copy-start.2)
+}
+"""
+
+
+def test_copies_of_the_hosts_memory_take_pcie():
+    slow = dataclasses.replace(machine(hbm=1e12), host_bandwidth=1e6)
+    times = hlo.estimate(hlo.Program.parse(OFFLOADED), slow)
+    assert times.compute == pytest.approx(3e-3, rel=1e-3)
+    assert times.exposed == pytest.approx(4e-3 - 3e-3 + 4e-3, rel=1e-3)
+    assert times.by_source["waiting: fetch"] == pytest.approx(1e-3, rel=1e-2)
+    for kind in (hlo.FROM_HOST, hlo.TO_HOST):
+        assert (times.traffic[kind].count, times.traffic[kind].sent) == (1, 4000), kind
+    assert set(times.traffic) == {hlo.FROM_HOST, hlo.TO_HOST}  # the chip's own memory is no host
+
+
+def test_both_ways_of_pcie_are_used_at_once():
+    """What is put back doesn't wait for what is being fetched, nor that for collectives."""
+    fetch = next(line for line in OFFLOADED.splitlines() if "copy-start(%x)" in line)
+    more = fetch.replace("copy-start.1", "copy-start.3")
+    text = OFFLOADED.replace("  %copy-start.2", f"{more}\n  %copy-start.2")
+    assert text != OFFLOADED
+    slow = dataclasses.replace(machine(hbm=1e12), host_bandwidth=1e6)
+    once, twice = (hlo.estimate(hlo.Program.parse(one), slow) for one in (OFFLOADED, text))
+    assert twice.exposed == pytest.approx(once.exposed, rel=1e-3)
+    assert twice.traffic[hlo.FROM_HOST].sent == 2 * once.traffic[hlo.FROM_HOST].sent
+
+
 def test_slices_by_name():
     slice_ = Slice.parse("v5e:4x4")
     assert (slice_.size, str(slice_)) == (16, "v5e:4x4")

@@ -89,7 +89,10 @@ def test_gathering_takes_the_links():
     assert times.exposed == pytest.approx(sent / SLICE.ring_bandwidth(4), rel=0.01)
 
 
-def made(tmp_path, transform=Full(), attention="plain", **settings):
+MESH = Partitioner(data=1, fsdp=4)
+
+
+def made(tmp_path, transform=Full(), attention="plain", mesh=MESH, **settings):
     model = dataclasses.replace(MODEL, decoder=dataclasses.replace(STACK, attention=attention))
     return plan(
         topology="v5e:2x2",
@@ -97,7 +100,7 @@ def made(tmp_path, transform=Full(), attention="plain", **settings):
         optimizer=AdamW(1e-3),
         batch=BatchShape(rows=8, decoder=512),
         transform=transform,
-        partitioner=Partitioner(data=1, fsdp=4),
+        partitioner=mesh,
         output=str(tmp_path / "plan.json"),
         **settings,
     )
@@ -186,6 +189,21 @@ def test_loras_collectives_are_of_its_own_size(tmp_path):
         for found in (full, lora)
     ]
     assert reduced[1] < reduced[0] / 20
+
+
+def test_offloaded_state_is_the_hosts(tmp_path, capsys):
+    found = [
+        made(tmp_path, mesh=Partitioner(data=1, fsdp=4, offload=offload))
+        for offload in ((), ("optimizer",))
+    ]
+    held = found[0].memory["optimizer state"]
+    assert found[0].host_memory == {}
+    assert found[1].host_memory["optimizer state"] == pytest.approx(held, abs=64)
+    assert found[1].memory["optimizer state"] < 64  # the count of steps
+    copies = {one["kind"]: one["sent"] for one in found[1].collectives}
+    for kind in (hlo.FROM_HOST, hlo.TO_HOST):
+        assert copies[kind] == pytest.approx(held, rel=0.01)
+    assert "host memory: optimizer state" in capsys.readouterr().out
 
 
 def test_flash_attention_keeps_logits_out_of_memory(tmp_path):
