@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from t5x_lite import sharding, trees
+from t5x_lite import configure, sharding, trees
 from t5x_lite.models import transformer
 from t5x_lite.sharding import DEFAULT_RULES, Partitioner, constrain
 from t5x_lite.types import InputError
@@ -84,6 +84,16 @@ def test_slices_are_blocks_of_data(sizes, shape):
         for device in block:
             held[placed[device]] = 1
         np.testing.assert_array_equal(held, 1)
+
+
+def test_multislice_gin_splits_parameters_within_slices():
+    files = ["hardware/tpu_v5e_8.gin", "hardware/multislice.gin"]
+    for bindings, shape in (([], (2, 4, 1)), (["SLICES = 4"], (4, 2, 1))):
+        with configure.isolated():
+            configure.parse(files, bindings)
+            partitioner = Partitioner(**configure.arguments(Partitioner))
+        assert partitioner.mesh.devices.shape == shape
+        assert len(partitioner.by_slice) == shape[0]
 
 
 def device(index, process=0, platform="cpu", **attributes):
