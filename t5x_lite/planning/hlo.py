@@ -8,6 +8,7 @@ for them is a collective of its own.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -135,7 +136,7 @@ class Program:
         return cls(computations, entry)
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop turns: what its condition compares a counter from 0 with."""
+        """How often a loop turns: what its condition compares a counter with, from its start on."""
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(match[1])
         match = re.search(r"condition=%?([\w.\-]+)", loop.rest)
@@ -145,7 +146,29 @@ class Program:
             for line in lines
             if line.opcode == "constant" and (found := re.match(r"\(?(\d+)\)", line.rest))
         ]
-        return max(constants, default=1)
+        return max(constants, default=1) - self._start(loop, lines)
+
+    def _start(self, loop: Instruction, condition: tuple[Instruction, ...]) -> int:
+        """A loop's counter at first: above 0 where the compiler has taken turns out in front."""
+        places = [
+            int(found[1])
+            for line in condition
+            if line.opcode == "get-tuple-element"
+            and (found := re.search(r"index=(\d+)", line.rest))
+        ]
+        state = self._lines.get(loop.operands[0])
+        if not places or state is None or state.opcode != "tuple":
+            return 0
+        line = self._lines.get(state.operands[places[0]])
+        while line is not None and line.opcode == "copy":
+            line = self._lines.get(line.operands[0])
+        found = re.match(r"\(?(\d+)\)", line.rest) if line and line.opcode == "constant" else None
+        return int(found[1]) if found else 0
+
+    @functools.cached_property
+    def _lines(self) -> Mapping[str, Instruction]:
+        """All lines by name, which no two computations have in common."""
+        return {line.name: line for lines in self.computations.values() for line in lines}
 
     def product_flops(self, line: Instruction, shapes: Mapping[str, str]) -> float:
         """Operations of the matrix products in an operation; of batches of them, not known: 0."""

@@ -69,6 +69,18 @@ def test_a_loop_costs_its_turns_and_hides_what_it_can():
     assert times.traffic["all-reduce"].sent == 1024
 
 
+def test_turns_in_front_of_a_loop_are_not_the_loops():
+    given = "%start.1 = (s32[]{:T(128)}, bf16[512]{0}) tuple(%x)"
+    text = TEXT.replace(
+        given,
+        f"""%one.1 = s32[] constant(2)
+  %copy.1 = s32[]{{:T(128)}} copy(%one.1)
+  {given.replace("(%x)", "(%copy.1, %x)")}""",
+    )
+    times = timing.estimate(hlo.Program.parse(text), machine())
+    assert times.by_source["mlp/wi/dot_general"] == pytest.approx(3e-3)  # turns 2, 3 and 4
+
+
 def test_a_fast_link_hides_all():
     times = timing.estimate(hlo.Program.parse(TEXT), machine(link=1e9))
     assert times.exposed == pytest.approx(1024 / 1e9)  # of the reduction, which nothing hides

@@ -181,13 +181,12 @@ def test_two_slices_add_up_gradients_between_them(tmp_path, capsys):
     sent = {found["kind"]: found["sent"] for found in two.collectives}
     crossing = sent["all-reduce between slices"]
     assert not [kind for kind in sent if "slices" in kind and not kind.startswith("all-reduce ")]
-    # A chip's fourth of the gradients, in bfloat16 those of the loop over three layers, which
-    # sends once more than it has layers.
+    # A chip's fourth of the gradients: those of the layers in bfloat16, of the ends in float32.
     ends = 2 * 4096 * 512
-    layers = (two.parameters - ends) / 3
-    assert crossing == pytest.approx((4 * ends + 2 * 4 * layers) / 4, rel=0.02)
+    layers = two.parameters - ends
+    assert crossing == pytest.approx((4 * ends + 2 * layers) / 4, rel=0.02)
     assert 0 < two.between_seconds <= crossing / TWO.chip.dcn_bandwidth
-    assert two.between_seconds < two.exposed_seconds < one.exposed_seconds + two.between_seconds * 2
+    assert two.between_seconds < two.exposed_seconds
     shown = capsys.readouterr().out
     assert "2 slices of v5e:2x2, data 2 x fsdp 4" in shown
     assert "of these between slices)" in shown
