@@ -7,6 +7,7 @@ batches, and the few constraints on activations.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import functools
@@ -53,12 +54,15 @@ DEFAULT_RULES: tuple[tuple[str, AxisRule], ...] = (
 class Partitioner:
     """A mesh `(data, fsdp, model)` over all devices of the run, and the rules that fill it.
 
-    An axis size of -1 takes the devices that the others leave.
+    An axis size of -1 takes the devices that the others leave. Devices in several slices, each of
+    which has fast links inside and only the data-centre network to the others, are blocks of `data`
+    one after another: fsdp and model stay within a slice, and so does what is sent for them.
     """
 
     data: int = -1  # replicas: parameters whole (unless fsdp), batch split
     fsdp: int = 1  # batch split, and parameters split along the embedding
     model: int = 1  # heads, MLP and vocabulary split
+    num_slices: int = -1  # -1: those that the devices say they are in, or else one; see `by_slice`
     rules: Sequence[tuple[str, AxisRule]] = DEFAULT_RULES
     # What the devices' hosts hold between its uses: "optimizer", the optimizer's state.
     offload: Sequence[str] = ()
@@ -74,6 +78,11 @@ class Partitioner:
                 f"mesh data={self.data}, fsdp={self.fsdp}, model={self.model}: sizes must be "
                 "positive, and at most one of them -1 (the devices that are left)"
             )
+        if self.num_slices != -1 and self.num_slices < 1:
+            raise InputError(
+                f"Partitioner.num_slices={self.num_slices}: expected a positive number, or -1, "
+                "which takes what the devices say"
+            )
         for name, axes in self.rules:
             for axis in _as_tuple(axes):
                 if axis not in MESH_AXES:
@@ -83,11 +92,20 @@ class Partitioner:
                     )
 
     @functools.cached_property
+    def by_slice(self) -> tuple[tuple[Any, ...], ...]:
+        """The run's devices, those of each slice together. Raises InputError; see `num_slices`.
+
+        TPUs say which slice they are in. Other devices, virtual ones too, are cut into `num_slices`
+        equal parts in the order of their processes, and no process is on both sides of a cut.
+        """
+        return _by_slice(_DESCRIBED.get() or jax.devices(), self.num_slices)
+
+    @functools.cached_property
     def mesh(self) -> Mesh:
         """The device mesh. Raises InputError if it does not use every device exactly once."""
         sizes = [self.data, self.fsdp, self.model]
-        described = _DESCRIBED.get()
-        devices = jax.device_count() if described is None else len(described)
+        slices = self.by_slice
+        devices = sum(map(len, slices))
         if -1 in sizes:
             others = -math.prod(sizes)
             if devices % others:
@@ -96,23 +114,38 @@ class Partitioner:
                     f"take {others} devices, which does not divide the {devices} there are"
                 )
             sizes[sizes.index(-1)] = devices // others
+        shape = "x".join(map(str, sizes))
         if math.prod(sizes) != devices:
             raise InputError(
-                f"mesh {'x'.join(map(str, sizes))} (data x fsdp x model) needs "
+                f"mesh {shape} (data x fsdp x model) needs "
                 f"{math.prod(sizes)} devices, but this run has {devices} "
-                f"({(described or jax.devices())[0].platform}): set one of Partitioner.data, "
+                f"({slices[0][0].platform}): set one of Partitioner.data, "
                 ".fsdp, .model to -1 to take what is left"
             )
+        if sizes[0] % len(slices):
+            raise InputError(
+                f"mesh {shape} (data x fsdp x model): its devices are {len(slices)} slices of "
+                f"{len(slices[0])}, over which data alone runs, and {sizes[0]} does not divide by "
+                f"{len(slices)}: set Partitioner.data={len(slices)}, or a multiple of it, and "
+                ".fsdp or .model to -1"
+            )
+        # By slice and along data, as create_hybrid_device_mesh of jax's mesh_utils does; but that
+        # asks devices where they are, and only TPUs know.
         types = (jax.sharding.AxisType.Auto,) * len(sizes)
+        inner = (sizes[0] // len(slices), *sizes[1:])
         try:
-            return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=described)
+            meshes = [
+                jax.make_mesh(inner, MESH_AXES, axis_types=types, devices=part).devices
+                for part in slices
+            ]
         except NotImplementedError as error:
-            places = [device.coords for device in described or jax.devices()]
+            places = [device.coords for device in slices[0]]
             sides = "x".join(str(max(side) + 1) for side in zip(*places, strict=True))
             raise InputError(
-                f"mesh {'x'.join(map(str, sizes))} (data x fsdp x model): every axis must be a "
-                f"side of the slice's torus, {sides}, or a product of sides"
+                f"mesh {'x'.join(map(str, inner))} (data x fsdp x model) of a slice: every axis "
+                f"must be a side of the slice's torus, {sides}, or a product of sides"
             ) from error
+        return Mesh(np.concatenate(meshes), MESH_AXES, axis_types=types)
 
     def spec(self, names: Names, shape: Sequence[int] | None = None, what: str = "array") -> Any:
         """The `PartitionSpec` for axes named `names` (None: not split).
@@ -327,3 +360,34 @@ def local_size(names: Names, shape: Sequence[int]) -> int:
 
 def _as_tuple(axes: AxisRule) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _by_slice(devices: Sequence[Any], num_slices: int) -> tuple[tuple[Any, ...], ...]:
+    """See `Partitioner.by_slice`."""
+    groups: dict[int, list[Any]] = collections.defaultdict(list)
+    for device in devices:
+        groups[getattr(device, "slice_index", 0)].append(device)
+    found = tuple(tuple(groups[index]) for index in sorted(groups))
+    platform = devices[0].platform
+    if len({len(part) for part in found}) > 1:
+        raise InputError(
+            f"this run's slices have {', '.join(str(len(part)) for part in found)} devices: "
+            "expected as many in each"
+        )
+    if num_slices in (-1, len(found)):
+        return found
+    if len(found) > 1 or platform == "tpu":
+        raise InputError(
+            f"Partitioner.num_slices={num_slices}, but this run's devices say that they are in "
+            f"{len(found)} slice(s): leave it at -1, which takes what they say"
+        )
+    count = len({device.process_index for device in devices})
+    if len(devices) % num_slices or (count > 1 and count % num_slices):
+        raise InputError(
+            f"Partitioner.num_slices={num_slices}: expected a divisor of "
+            + (f"the {count} processes" if count > 1 else f"the {len(devices)} devices")
+            + f" ({platform}) that are to be cut into slices"
+        )
+    order = sorted(devices, key=lambda device: (device.process_index, device.id))
+    size = len(order) // num_slices
+    return tuple(tuple(order[i : i + size]) for i in range(0, len(order), size))

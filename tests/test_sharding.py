@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from t5x_lite import trees
+from t5x_lite import configure, sharding, trees
 from t5x_lite.models import transformer
 from t5x_lite.sharding import DEFAULT_RULES, Partitioner, constrain
 from t5x_lite.types import InputError
@@ -42,6 +44,12 @@ def test_the_mesh_takes_every_device_once(sizes, shape):
         ({"data": -1, "fsdp": -1}, r"data=-1, fsdp=-1.* at most one of them -1"),
         ({"model": 0}, r"model=0: sizes must be positive"),
         ({"model": -2}, r"model=-2: sizes must be positive"),
+        ({"num_slices": 0}, r"num_slices=0: expected a positive number, or -1"),
+        ({"num_slices": 3}, r"num_slices=3: expected a divisor of the 8 devices \(cpu\)"),
+        (
+            {"data": 1, "fsdp": -1, "num_slices": 2},
+            r"mesh 1x8x1 .* 2 slices of 4, .* 1 does not divide by 2: set Partitioner.data=2",
+        ),
         ({"rules": (("batch", "rows"),)}, r"rule \('batch', 'rows'\): .* not 'rows'"),
         ({"rules": (("batch", ("data", "x")),)}, r"not 'x'"),
     ],
@@ -49,6 +57,76 @@ def test_the_mesh_takes_every_device_once(sizes, shape):
 def test_a_mesh_that_cannot_be_is_named(sizes, message):
     with pytest.raises(InputError, match=message):
         _ = Partitioner(**sizes).mesh
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({"num_slices": 2}, (8, 1, 1)),
+        ({"num_slices": 2, "fsdp": 4}, (2, 4, 1)),
+        ({"num_slices": 2, "fsdp": 2}, (4, 2, 1)),
+        ({"num_slices": 4, "model": 2}, (4, 1, 2)),
+        ({"num_slices": 2, "data": 2, "fsdp": 2, "model": -1}, (2, 2, 2)),
+    ],
+)
+def test_slices_are_blocks_of_data(sizes, shape):
+    with sharding.described(jax.devices()[::-1]):  # in whatever order they are named
+        partitioner = Partitioner(**sizes)
+        mesh = partitioner.mesh
+    assert mesh.devices.shape == shape
+    slices = sizes["num_slices"]
+    blocks = [sorted(d.id for d in block.flat) for block in np.split(mesh.devices, slices)]
+    np.testing.assert_array_equal(blocks, np.arange(8).reshape(slices, -1))
+    # Along fsdp and model all are of one slice: so each slice has the parameters whole.
+    placed = partitioner.sharding(("embed", "mlp"), (16, 16)).devices_indices_map((16, 16))
+    for block in partitioner.by_slice:
+        held = np.zeros((16, 16))
+        for device in block:
+            held[placed[device]] = 1
+        np.testing.assert_array_equal(held, 1)
+
+
+def test_multislice_gin_splits_parameters_within_slices():
+    files = ["hardware/tpu_v5e_8.gin", "hardware/multislice.gin"]
+    for bindings, shape in (([], (2, 4, 1)), (["SLICES = 4"], (4, 2, 1))):
+        with configure.isolated():
+            configure.parse(files, bindings)
+            partitioner = Partitioner(**configure.arguments(Partitioner))
+        assert partitioner.mesh.devices.shape == shape
+        assert len(partitioner.by_slice) == shape[0]
+
+
+def device(index, process=0, platform="cpu", **attributes):
+    """A stand-in, with what grouping asks for."""
+    return types.SimpleNamespace(id=index, process_index=process, platform=platform, **attributes)
+
+
+def groups(devices, num_slices=-1):
+    with sharding.described(devices):
+        return [[d.id for d in part] for part in Partitioner(num_slices=num_slices).by_slice]
+
+
+def test_devices_say_which_slice_they_are_in():
+    tpus = [device(i, platform="tpu", slice_index=(2, 1)[i % 2]) for i in range(6)]
+    assert groups(tpus) == groups(tpus, 2) == [[1, 3, 5], [0, 2, 4]]
+    for wrong in (1, 3):
+        with pytest.raises(
+            InputError, match=f"num_slices={wrong}, .* say that they are in 2 .* at -1"
+        ):
+            groups(tpus, wrong)
+    with pytest.raises(InputError, match=r"num_slices=2, .* in 1 slice\(s\)"):
+        groups(tpus[::2], 2)
+    with pytest.raises(InputError, match="slices have 3, 2 devices: expected as many in each"):
+        groups(tpus[1:])
+
+
+def test_what_says_nothing_is_cut_by_processes():
+    four = [device(i, process=(1, 0, 3, 2)[i // 2], platform="gpu") for i in range(8)]
+    assert groups(four) == [list(range(8))]
+    assert groups(four, 2) == [[2, 3, 0, 1], [6, 7, 4, 5]]
+    assert groups(four, 4) == [[2, 3], [0, 1], [6, 7], [4, 5]]
+    with pytest.raises(InputError, match=r"num_slices=8: .* divisor of the 4 processes \(gpu\)"):
+        groups(four, 8)  # half a process each
 
 
 def test_specs_follow_the_rules():

@@ -34,6 +34,7 @@ OPTIONS: Final = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),)
 def plan(
     *,
     topology: str,
+    num_slices: int = 1,
     model: ModelConfig,
     optimizer: Optimizer,
     batches: Batches | None = None,
@@ -57,6 +58,7 @@ def plan(
 
     Args:
       topology: chip and sides of the slice: v5e:4x4, v4:4x4x4.
+      num_slices: how many of these, joined by the data-centre network.
       model, optimizer, transform, loss, microbatches, partitioner, total_steps, seed: the run's.
       batches: the run's; read for the shapes of its first batch.
       batch: in place of `batches`, its sizes: nothing is read.
@@ -82,7 +84,7 @@ def plan(
     if batch is None and batches is None:
         raise InputError("plan needs the run's batches, or batch=@BatchShape(), its sizes")
     request = Request(
-        slice=Slice.parse(topology),
+        slice=Slice.parse(topology, num_slices),
         step=step,
         model=model,
         optimizer=optimizer,

@@ -14,7 +14,8 @@ from t5x_lite.planning.search import Tried
 def show(found: Plan, total_steps: int | None, output: str | None, console: Console) -> None:
     """Prints a plan for people."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
-    table = Table(title=f"{found.topology}, {mesh}: memory of a chip")
+    slices = f"{found.slices} slices of " if found.slices > 1 else ""
+    table = Table(title=f"{slices}{found.topology}, {mesh}: memory of a chip")
     table.add_column("kind")
     table.add_column("GiB", justify="right")
     for kind, size in found.memory.items():
@@ -26,7 +27,7 @@ def show(found: Plan, total_steps: int | None, output: str | None, console: Cons
     console.print(table)
     copies = " and copies to and from the host" if found.host_memory else ""
     table = Table(title=f"Collectives{copies} of a step, each chip")
-    for column in ("kind", "times", "sends, MiB", "on the links, ms"):
+    for column in ("kind", "times", "sends, MiB", "on its way, ms"):
         table.add_column(column, justify="left" if column == "kind" else "right")
     for one in found.collectives:
         ms = 1e3 * one["seconds"]
@@ -45,9 +46,13 @@ def show(found: Plan, total_steps: int | None, output: str | None, console: Cons
         f"{found.parameters:,} parameters, {found.trained:,} trained; {found.tokens:,} tokens a "
         "step"
     )
+    between = (
+        f" ({1e3 * found.between_seconds:,.1f} of these between slices)" if found.slices > 1 else ""
+    )
     say(
         f"{_STEPS[found.step]}, estimated: {1e3 * found.step_seconds:,.1f} ms, of which "
-        f"{1e3 * found.exposed_seconds:,.1f} wait for collectives{copies}; MFU {found.mfu:.2f}, "
+        f"{1e3 * found.exposed_seconds:,.1f} wait for collectives{copies}{between}; "
+        f"MFU {found.mfu:.2f}, "
         f"{found.tokens_per_second:,.0f} tokens/s"
     )
     slow = found.cautious_seconds

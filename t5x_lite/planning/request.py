@@ -19,7 +19,7 @@ from t5x_lite.decode.generate import generate
 from t5x_lite.models import flops
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.transform import Transform
-from t5x_lite.planning import hlo
+from t5x_lite.planning import hlo, timing
 from t5x_lite.planning.chips import Slice
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train.loop import compile_step
@@ -32,10 +32,11 @@ Step = Literal["train", "eval", "decode"]
 METHOD: Final = (
     "products by the compiler's cycles, at least their operations at the chip's peak; elementwise "
     "loops by bytes at HBM's full bandwidth; loops times their trip counts; collectives round a "
-    "ring at the links' bandwidth, and copies of offloaded state over PCIe at 15 GB/s each way, "
-    "hidden behind what is scheduled between start and end; Pallas kernels by roofline, of all "
-    "tiles. Cautiously: the compiler's cycles for elementwise loops too, and kernels at half of "
-    "their rooflines. No input pipeline, no host, no stragglers."
+    "ring at the links' bandwidth, between slices at a chip's share of the network, and copies of "
+    "offloaded state over PCIe at 15 GB/s each way, hidden behind what is scheduled between start "
+    "and end; Pallas kernels by roofline, of all tiles. Cautiously: the compiler's cycles for "
+    "elementwise loops too, and kernels at half of their rooflines. No input pipeline, no host, no "
+    "stragglers."
 )
 
 
@@ -101,7 +102,8 @@ class Plan:
     """What was found. Bytes and seconds are of one chip and one step."""
 
     step: Step
-    topology: str
+    topology: str  # of each slice
+    slices: int
     mesh: dict[str, int]
     chips: int
     parameters: int
@@ -114,6 +116,7 @@ class Plan:
     cautious_seconds: float  # the same step, where nothing but products goes as well as it can
     compute_seconds: float
     exposed_seconds: float  # waiting for collectives, or the host's memory
+    between_seconds: float  # of that, for those between slices
     tokens: int  # a step
     collectives: list[dict[str, Any]]
     costs: dict[str, float]  # seconds of the largest, by place in the model
@@ -146,7 +149,7 @@ _REMEDIES: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A run's step and a slice to compile it for; see `plan`."""
+    """A run's step, and a slice or several to compile it for; see `plan`."""
 
     slice: Slice
     step: Step
@@ -240,14 +243,10 @@ class Request:
         text: str,
         compile_seconds: float,
     ) -> Plan:
-        chip, chips = self.slice.chip, self.slice.size
-        machine = hlo.Machine(
-            chip.clock, chip.flops, chip.hbm_bandwidth, chips, self.slice.ring_bandwidth,
-            chip.host_bandwidth,
-        )  # fmt: skip
+        chip, chips, machine = self.slice.chip, self.slice.size, self.slice.machine
         program = hlo.Program.parse(text)
-        times = hlo.estimate(program, machine)
-        cautious = hlo.estimate(program, dataclasses.replace(machine, cautious=True))
+        times = timing.estimate(program, machine)
+        cautious = timing.estimate(program, dataclasses.replace(machine, cautious=True))
         wanted = self._flops(session, batch)
         least = wanted / chips / chip.flops  # no program is faster than its mathematics
         seconds = max(times.total, least)
@@ -255,7 +254,8 @@ class Request:
         sizes = (math.prod(x.shape) for key, x in batch.items() if key in _STREAMS)
         return Plan(
             step=self.step,
-            topology=str(self.slice),
+            topology=self.slice.topology,
+            slices=self.slice.count,
             mesh=dict(session.partitioner.mesh.shape),
             chips=chips,
             parameters=_count(session.base_shapes),
@@ -268,6 +268,7 @@ class Request:
             cautious_seconds=max(cautious.total, least),
             compute_seconds=times.compute,
             exposed_seconds=times.exposed,
+            between_seconds=times.between,
             tokens=rows * self.new_tokens if self.step == "decode" else sum(sizes),
             collectives=[dataclasses.asdict(traffic) for traffic in times.traffic.values()],
             costs=dict(sorted(times.by_source.items(), key=lambda one: -one[1])[:12]),

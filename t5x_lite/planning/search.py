@@ -36,11 +36,11 @@ class Search:
         if not (self.model and self.remat and self.microbatches and self.most > 0):
             raise InputError(f"{self}: expected something to try of each, and most above 0")
 
-    def meshes(self, chips: int) -> Iterator[tuple[int, int, int]]:
-        """`(data, fsdp, model)`, powers of two, split least first."""
+    def meshes(self, chips: int, slices: int = 1) -> Iterator[tuple[int, int, int]]:
+        """`(data, fsdp, model)`, powers of two, split least first; data is over all slices."""
         for model in self.model:
             fsdp = 1
-            while chips % (model * fsdp) == 0:
+            while chips % (slices * model * fsdp) == 0:
                 yield chips // (model * fsdp), fsdp, model
                 fsdp *= 2
 
@@ -77,7 +77,7 @@ def search_plans(request: Request, tries: Search, console: Console) -> list[Trie
     """
     tried: list[Tried] = []
     compiled = 0
-    for data, fsdp, model in tries.meshes(request.slice.size):
+    for data, fsdp, model in tries.meshes(request.slice.size, request.slice.count):
         partitioner = dataclasses.replace(request.partitioner, data=data, fsdp=fsdp, model=model)
         for microbatches in tries.microbatches if request.step == "train" else (1,):
             settled = False  # no other remat or microbatches are worth trying on this mesh

@@ -158,10 +158,12 @@ def train(
             say(f"Nothing to do: {model_dir} has its {total_steps} steps")
             return {}
         first = _put(session, batches, batches.batch(start, _rows(session, batches)))
+        slices = len(partitioner.by_slice)
         say(
             f"Training {trees.count(state.params):,} of "
             f"{trees.count(session.base_shapes):,} parameters on "
-            f"{partitioner.mesh.size} {jax.devices()[0].platform} device(s); compiling ..."
+            f"{partitioner.mesh.size} {jax.devices()[0].platform} device(s)"
+            f"{f' in {slices} slices' if slices > 1 else ''}; compiling ..."
         )
         compiled, seconds = compile_step(
             session, transformation, loss, microbatches, seed, state, frozen, first

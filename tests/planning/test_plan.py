@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite import sharding
@@ -19,7 +20,7 @@ from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.models.config_positions import Rotary
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.transform import Full
-from t5x_lite.planning import hlo
+from t5x_lite.planning import hlo, timing
 from t5x_lite.planning.chips import Slice
 from t5x_lite.planning.plan import plan
 from t5x_lite.planning.request import BatchShape
@@ -50,11 +51,7 @@ def estimate(function, *shapes, spec=PartitionSpec()):
     structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
     whole = NamedSharding(mesh, PartitionSpec())
     compiled = jax.jit(function, out_shardings=whole).lower(*structs).compile()
-    chip = SLICE.chip
-    machine = hlo.Machine(
-        chip.clock, chip.flops, chip.hbm_bandwidth, SLICE.size, SLICE.ring_bandwidth
-    )
-    return hlo.estimate(hlo.Program.parse(compiled.as_text()), machine)
+    return timing.estimate(hlo.Program.parse(compiled.as_text()), SLICE.machine)
 
 
 def test_a_product_takes_its_operations():
@@ -89,16 +86,67 @@ def test_gathering_takes_the_links():
     assert times.exposed == pytest.approx(sent / SLICE.ring_bandwidth(4), rel=0.01)
 
 
-MESH = Partitioner(data=1, fsdp=4)
+MESH = Partitioner(data=-1, fsdp=4)
+TWO = Slice.parse("v5e:2x2", 2)
 
 
-def made(tmp_path, transform=Full(), attention="plain", mesh=MESH, **settings):
+def test_a_mesh_over_slices_is_as_jax_lays_it_out():
+    with sharding.described(TWO.devices()):
+        mesh = Partitioner(data=4, fsdp=2).mesh
+    wanted = mesh_utils.create_hybrid_device_mesh(
+        (2, 2, 1), (2, 1, 1), TWO.devices(), allow_split_physical_axes=True
+    )
+    assert [d.id for d in mesh.devices.flat] == [d.id for d in wanted.flat]
+    assert [{d.slice_index for d in block.flat} for block in np.split(mesh.devices, 2)] == [
+        {0},
+        {1},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("axes", "within", "between"),
+    [
+        # Of n^2 numbers, 4 bytes each: a chip's fourth of the slice's sum goes to the other slice.
+        (("data", "fsdp"), {"reduce-scatter": 3 / 4, "all-gather": 3 / 4}, 1 / 4),
+        # What only crosses slices goes whole.
+        (("data",), {}, 1),
+        (("fsdp",), {"all-reduce": 2 * 3 / 4}, 0),
+    ],
+)
+def test_only_what_crosses_slices_takes_their_network(axes, within, between):
+    n = 1024
+
+    def reduce(x):
+        return jax.lax.psum(x, axes)
+
+    with sharding.described(TWO.devices()):
+        partitioner = Partitioner(fsdp=4)
+        mapped = jax.shard_map(
+            reduce,
+            mesh=partitioner.mesh,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        given = jax.ShapeDtypeStruct((n, n), jnp.float32, sharding=partitioner.replicated)
+        text = jax.jit(mapped).lower(given).compile().as_text()
+    times = timing.estimate(hlo.Program.parse(text), TWO.machine)
+    size = 4 * n * n
+    sent = {kind: traffic.sent / size for kind, traffic in times.traffic.items()}
+    crossing = {"all-reduce between slices": between} if between else {}
+    assert sent == pytest.approx({**within, **crossing})
+    assert times.between == pytest.approx(between * size / 3.125e9, rel=1e-3)
+    links = sum(within.values()) * size / TWO.ring_bandwidth(4)
+    assert times.exposed - times.between == pytest.approx(links, rel=1e-3)
+
+
+def made(tmp_path, transform=Full(), attention="plain", rows=8, mesh=MESH, **settings):
     model = dataclasses.replace(MODEL, decoder=dataclasses.replace(STACK, attention=attention))
     return plan(
         topology="v5e:2x2",
         model=model,
         optimizer=AdamW(1e-3),
-        batch=BatchShape(rows=8, decoder=512),
+        batch=BatchShape(rows=rows, decoder=512),
         transform=transform,
         partitioner=mesh,
         output=str(tmp_path / "plan.json"),
@@ -122,6 +170,27 @@ def test_a_step_is_planned(tmp_path, capsys):
     assert record["fits"]
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("fits", "chip-hours", "Method:"))
+
+
+def test_two_slices_add_up_gradients_between_them(tmp_path, capsys):
+    one, two = made(tmp_path), made(tmp_path, rows=16, num_slices=2)
+    assert (one.slices, two.slices, two.chips) == (1, 2, 8)
+    assert two.mesh == {"data": 2, "fsdp": 4, "model": 1}
+    assert two.flops == 2 * one.flops
+    for kind in ("trained parameters", "optimizer state"):
+        assert two.memory[kind] == one.memory[kind]  # a copy in each slice
+    sent = {found["kind"]: found["sent"] for found in two.collectives}
+    crossing = sent["all-reduce between slices"]
+    assert not [kind for kind in sent if "slices" in kind and not kind.startswith("all-reduce ")]
+    # A chip's fourth of the gradients: those of the layers in bfloat16, of the ends in float32.
+    ends = 2 * 4096 * 512
+    layers = two.parameters - ends
+    assert crossing == pytest.approx((4 * ends + 2 * layers) / 4, rel=0.02)
+    assert 0 < two.between_seconds <= crossing / TWO.chip.dcn_bandwidth
+    assert two.between_seconds < two.exposed_seconds
+    shown = capsys.readouterr().out
+    assert "2 slices of v5e:2x2, data 2 x fsdp 4" in shown
+    assert "of these between slices)" in shown
 
 
 def test_evaluating_and_decoding_are_planned(tmp_path, capsys):
@@ -193,7 +262,7 @@ def test_loras_collectives_are_of_its_own_size(tmp_path):
 
 def test_offloaded_state_is_the_hosts(tmp_path, capsys):
     found = [
-        made(tmp_path, mesh=Partitioner(data=1, fsdp=4, offload=offload))
+        made(tmp_path, mesh=dataclasses.replace(MESH, offload=offload))
         for offload in ((), ("optimizer",))
     ]
     held = found[0].memory["optimizer state"]

@@ -194,13 +194,14 @@ def test_the_pages_job_runs_a_program_of_ours(tmp_path):
 
 @pytest.mark.slow
 def test_the_pages_commands_run(tmp_path):
-    two, slices = pages.blocks("docs/pods.md")
+    two, slices, several = pages.blocks("docs/pods.md")
     assert "127.0.0.1:8482" in two
     mine = pages.blocks("README.md")[2]  # makes my_text
     assert "my_text/train.txt" in mine
     commands = two.replace(":8482", f":{free_port()}")
-    pages.run(f"{mine}\n{commands}", tmp_path, pages.train_for(2))
-    assert (tmp_path / "runs" / "my_text_gpt" / "checkpoints" / "2").is_dir()
+    pages.run(f"{mine}\n{commands}\n{several}", tmp_path, pages.train_for(2))
+    for run in ("my_text_gpt", "two_slices"):
+        assert (tmp_path / "runs" / run / "checkpoints" / "2").is_dir()
     shown = pages.run(f"export DRY_RUN=1\n{slices}", tmp_path)
     assert [line.split()[4] for line in shown.splitlines()] == [
         *("create", "scp", "ssh", "ssh", "ssh", "ssh", "delete")

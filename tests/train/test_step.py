@@ -25,6 +25,7 @@ MESHES = {
     "8x1x1": lambda: Partitioner(data=8),
     "1x8x1": lambda: Partitioner(data=1, fsdp=8),
     "2x2x2": lambda: Partitioner(data=2, fsdp=2, model=2),
+    "2 slices of 2x2x1": lambda: Partitioner(data=4, fsdp=2, num_slices=2),
 }
 STEPS, ROWS = 5, 32
 DROPPING = common.with_stacks(common.T5, dropout=0.2)
@@ -90,8 +91,10 @@ def assert_same(found, expected):
 
 
 # Each mesh and each number at once; the other pairs, which compile as much again, with the slow.
-FEW = {("8x1x1", 1), ("1x8x1", 4), ("2x2x2", 2)}
+SLICES = ("2 slices of 2x2x1", 1)
+FEW = {("8x1x1", 1), ("1x8x1", 4), ("2x2x2", 2), SLICES}
 PAIRS = [(mesh, microbatches) for mesh in ("8x1x1", "1x8x1", "2x2x2") for microbatches in (1, 2, 4)]
+PAIRS.append(SLICES)
 
 
 @pytest.mark.parametrize(
