@@ -131,6 +131,7 @@ def test_costs_are_those_of_the_operations(costs):
     assert sum(cost.gigaflop for cost in products) == pytest.approx(expected)
     assert {cost.shape for cost in products} == {"2 of 8x16x32", "2 of 8x32x16"}
     assert {cost.count for cost in products} == {turns}
+    assert {cost.kind for cost in found}.isdisjoint(costs.CONTROL)  # or loops would count twice
     assert found[-1].place == "nothing under way"
     kinds, places = costs.tables(found, 10.0, 2, "Here")
     assert kinds.row_count == len({cost.kind for cost in found})
