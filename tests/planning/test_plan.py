@@ -227,6 +227,11 @@ def test_a_search_ranks_what_fits(tmp_path, capsys):
     assert "Tried, by the cautious estimate" in capsys.readouterr().out
 
 
+def test_a_search_leaves_every_slice_a_part_of_data():
+    found = set(Search(model=(1, 2)).meshes(8, slices=2))
+    assert found == {(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)}
+
+
 def test_what_does_not_fit_says_by_how_much(tmp_path):
     wide = dataclasses.replace(STACK, num_layers=48, mlp_dim=16384, num_heads=32)
     large = dataclasses.replace(MODEL, embed_dim=4096, decoder=wide)
