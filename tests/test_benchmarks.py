@@ -293,3 +293,23 @@ def test_an_unknown_row_is_named():
     done = peers("--rows=bart")
     assert done.returncode != 0
     assert "--rows has 'bart'; known: t5, bert" in done.stderr
+
+
+def test_the_products_of_a_step_are_counted():
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "products.py")),
+            *("--row=toy_lora", "--rounds=1", "--steps=1"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = re.findall(r"│ (\S+ , \S+) +│ (\S+) +│ +(\d+) │", done.stdout)
+    counts = {row[:2]: int(row[2]) for row in rows}
+    # 2 rows of 16 and 8 tokens, 16 wide: wi_0 and wi_1 of an encoder of one layer, the logits.
+    assert counts["32x16 , 16x32", "mk,kn->mn"] == 2
+    assert counts["16x16 , 16x64", "mk,kn->mn"] == 1
+    assert f"all {sum(counts.values())} by XLA" in done.stdout
