@@ -366,7 +366,9 @@ def _by_slice(devices: Sequence[Any], num_slices: int) -> tuple[tuple[Any, ...],
     """See `Partitioner.by_slice`."""
     groups: dict[int, list[Any]] = collections.defaultdict(list)
     for device in devices:
-        groups[getattr(device, "slice_index", 0)].append(device)
+        # Of GPUs, too, jax says one, their host: no reason to keep an axis within it.
+        own = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        groups[own].append(device)
     found = tuple(tuple(groups[index]) for index in sorted(groups))
     platform = devices[0].platform
     if len({len(part) for part in found}) > 1:

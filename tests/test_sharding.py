@@ -118,6 +118,8 @@ def test_devices_say_which_slice_they_are_in():
         groups(tpus[::2], 2)
     with pytest.raises(InputError, match="slices have 3, 2 devices: expected as many in each"):
         groups(tpus[1:])
+    gpus = [device(i, platform="gpu", slice_index=i // 2) for i in range(4)]  # that is their host
+    assert groups(gpus) == [[0, 1, 2, 3]]
 
 
 def test_what_says_nothing_is_cut_by_processes():
