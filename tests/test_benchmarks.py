@@ -19,6 +19,20 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "benchmarks" / "train_step.py"
 
 
+def run(program, *flags, code=0):
+    """A benchmark in a process of its own, on one device, which ends with `code`."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / program), *map(str, flags)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
 def load(name):
     """A benchmark as a module, which finds the others as it does when it is run."""
     if name not in sys.modules:  # flags can be defined but once
@@ -66,15 +80,7 @@ def test_the_ceiling_counts_its_own_products(program):
 
 
 def test_it_prints_its_table():
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--config=test", "--steps=2", "--costs=3"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run("train_step.py", "--config=test", "--steps=2", "--costs=3")
     for column in ("tokens/s", "model GFLOP/s", "percent of the ceiling"):
         assert column in done.stdout
     by_kind, by_place = done.stdout.split("Where the time of a step goes, by ")[1:]
@@ -153,14 +159,7 @@ def test_an_operation_is_of_a_kind(costs, opcodes, kind):
 
 
 def test_the_head_at_masked_slots_saves_what_it_should():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "mlm_head.py"), "--models=test", "--steps=1"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run("mlm_head.py", "--models=test", "--steps=1")
     counted, timed = re.findall(r"ratio (\S+)", done.stdout)
     # Head and body of this toy: 2 x 40 tokens against 2 x 6 slots through 32 x 1000.
     assert 1.5 < float(counted) < 2.0
@@ -170,33 +169,15 @@ def test_the_head_at_masked_slots_saves_what_it_should():
 def test_skip_gram_beside_nothing(tmp_path):
     """Without gensim and data it still measures itself, and says what is missing."""
     (tmp_path / "text.txt").write_text("the king and the queen of the sea\n" * 40)
-    program = ROOT / "benchmarks" / "word2vec.py"
     flags = [f"--texts={tmp_path / 'text.txt'}", f"--data_dir={tmp_path}", "--rounds=1"]
-    done = subprocess.run(
-        [sys.executable, str(program), *flags, "--epochs=1"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run("word2vec.py", *flags, "--epochs=1")
     assert re.search(r"t5x_lite  median : +[\d,]+ words/s", done.stdout)
     assert "without simlex999: dataset 'simlex999' is not prepared" in done.stdout
 
 
 def test_generation_is_timed_row_by_row():
     """Alone: the other side needs a Python with torch."""
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "benchmarks" / "decode.py")),
-            *("--rows=test gpt, batch 2, greedy", "--batches=2", "--rounds=1"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run("decode.py", "--rows=test gpt, batch 2, greedy", "--batches=2", "--rounds=1")
     (row,) = re.findall(r"test gpt, batch 2, greedy \| ([\d.,]+)", done.stderr)
     assert float(row.replace(",", "")) > 0
     assert "compile, s" in done.stdout
@@ -204,15 +185,7 @@ def test_generation_is_timed_row_by_row():
 
 def memory(size: str) -> dict[str, float]:
     """Peaks in bytes after each thing, and the bytes of the state, by `init_memory.py`."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "init_memory.py"), f"--size={size}"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run("init_memory.py", f"--size={size}")
     found = re.findall(r"│ (\w+) +│ +([\d.]+) │ +([\d.]+) │", done.stdout)
     state = re.search(r"AdamW's state ([\d.]+) GB", done.stdout.replace("\n", " "))
     assert state, done.stdout
@@ -245,18 +218,7 @@ def test_starts_are_timed(tmp_path):
         f"VALIDATION_FILES = '{tmp_path / 'text.txt'}'",
     )
     (tmp_path / "run.gin").write_text("\n".join(given))
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "benchmarks" / "start.py")),
-            f"--gin_file={tmp_path / 'run.gin'}",
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run("start.py", f"--gin_file={tmp_path / 'run.gin'}")
     (row,) = re.findall(r"│ of them from the cache +│ +(\d+) │ +(\d+) │ +(\d+) │", done.stdout)
     first, second, third = map(int, row)
     assert second > 2
@@ -264,20 +226,10 @@ def test_starts_are_timed(tmp_path):
     assert first < second  # within one start, too, one program may be asked for twice
 
 
-def peers(*flags):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "peers.py"), *flags],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_a_row_beside_no_peer_is_ours_alone():
     """The other sides need a Python with torch."""
-    done = peers("--rows=toy_bert,toy_lora", "--dtypes=float32", "--steps=1", "--rounds=2")
-    assert done.returncode == 0, done.stderr[-2000:]
+    toys = "--rows=toy_bert,toy_lora", "--dtypes=float32"
+    done = run("peers.py", *toys, "--steps=1", "--rounds=2")
     rows = re.findall(r"^(\w+), float32 \| (\w+) \| (.*)$", done.stderr, re.M)
     assert [row[:2] for row in rows] == [("toy_bert", "t5x_lite"), ("toy_lora", "t5x_lite")]
     for *_, cells in rows:
@@ -290,23 +242,12 @@ def test_a_row_beside_no_peer_is_ours_alone():
 
 
 def test_an_unknown_row_is_named():
-    done = peers("--rows=bart")
-    assert done.returncode != 0
+    done = run("peers.py", "--rows=bart", code=1)
     assert "--rows has 'bart'; known: t5, bert" in done.stderr
 
 
 def test_the_products_of_a_step_are_counted():
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "benchmarks" / "products.py")),
-            *("--row=toy_lora", "--rounds=1", "--steps=1"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(1)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run("products.py", "--row=toy_lora", "--rounds=1", "--steps=1")
     rows = re.findall(r"│ (\S+ , \S+) +│ (\S+) +│ +(\d+) │", done.stdout)
     counts = {row[:2]: int(row[2]) for row in rows}
     # 2 rows of 16 and 8 tokens, 16 wide: wi_0 and wi_1 of an encoder of one layer, the logits.
