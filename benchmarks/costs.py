@@ -117,24 +117,26 @@ def kind(opcodes: Iterable[str]) -> str:
 
 def products(lines: Iterable[hlo.Instruction]) -> dict[str, tuple[int, int, int, int]]:
     """Batch, m, k and n of the matrix products of a computation, by name."""
-    shapes = {line.name: _sides(line.shape) for line in lines}
+    shapes = {line.name: sides_of(line.shape) for line in lines}
     found = {}
     for line in lines:
         if line.opcode == "dot":
             left, right = (shapes[name] for name in line.operands[:2])
-            batch = math.prod(left[i] for i in _dims(line, "lhs_batch_dims"))
-            inner = math.prod(left[i] for i in _dims(line, "lhs_contracting_dims"))
+            batch = math.prod(left[i] for i in dims_of(line, "lhs_batch_dims"))
+            inner = math.prod(left[i] for i in dims_of(line, "lhs_contracting_dims"))
             m, n = (math.prod(sides) // (batch * inner) for sides in (left, right))
             found[line.name] = batch, m, inner, n
     return found
 
 
-def _sides(shape: str) -> list[int]:
+def sides_of(shape: str) -> list[int]:
+    """Of an array's shape, as text."""
     match = re.match(r"\w+\[([\d,]*)\]", shape)
     return [int(side) for side in match[1].split(",") if side] if match else []
 
 
-def _dims(line: hlo.Instruction, name: str) -> list[int]:
+def dims_of(line: hlo.Instruction, name: str) -> list[int]:
+    """An attribute of a product, such as lhs_batch_dims; empty where it has none."""
     match = re.search(rf"{name}=\{{([\d,]*)\}}", line.rest)
     return [int(dim) for dim in match[1].split(",") if dim] if match else []
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import statistics
 import sys
 from collections import Counter
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 
 import peers
 from absl import app, flags
+from costs import dims_of, sides_of
 from rich.console import Console
 from rich.table import Table
 from sides import Side
@@ -63,7 +63,9 @@ def products_of(program: Program) -> Counter[Product]:
         shapes = {line.name: line.shape for line in lines}
         for line in lines:
             if line.opcode == "dot":
-                found[_product(line, *(_sides(shapes[name]) for name in line.operands))] += 1
+                found[
+                    _product(line, *(tuple(sides_of(shapes[name])) for name in line.operands))
+                ] += 1
             elif line.opcode == "while":
                 for product, count in of(line.calls[-1]).items():
                     found[product] += count * program.trips(line)
@@ -76,27 +78,18 @@ def products_of(program: Program) -> Counter[Product]:
 
 
 def _product(line: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> Product:
-    numbers = {
-        what: [int(one) for one in sides.split(",") if one]
-        for what, sides in re.findall(r"(\w+_dims)=\{([\d,]*)\}", line.rest)
-    }
     letters = []
     for side, own in (("lhs", "m"), ("rhs", "n")):
-        batch, inner = (numbers.get(f"{side}_{what}_dims", []) for what in ("batch", "contracting"))
+        batch, inner = (dims_of(line, f"{side}_{what}_dims") for what in ("batch", "contracting"))
         rank = len(left if side == "lhs" else right)
         if len(inner) != 1 or batch != list(range(len(batch))) or rank > len(batch) + 2:
             sys.exit(f"error: a product of another form: {line.shape} {line.rest[:200]}")
         # A vector is a matrix of one row.
         free = [own if i != inner[0] else "k" for i in range(len(batch), rank)]
         letters.append("abcd"[: len(batch)] + "".join(free))
-    result = "abcd"[: len(numbers.get("lhs_batch_dims", []))]
+    result = "abcd"[: len(batch)]
     result += "m" * ("m" in letters[0]) + "n" * ("n" in letters[1])
     return Product(f"{letters[0]},{letters[1]}->{result}", left, right)
-
-
-def _sides(shape: str) -> tuple[int, ...]:
-    match = re.match(r"\w+\[([\d,]*)\]", shape)
-    return tuple(int(side) for side in match[1].split(",") if side) if match else ()
 
 
 def measured(

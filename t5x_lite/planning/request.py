@@ -188,7 +188,7 @@ class Request:
                 "optimizer state": 0 if state is None else _local(state.opt_state),
                 "batch": _local(batch),
             }
-            offloaded = 0 if state is None else _local(state.opt_state, sharding.HOST)
+            offloaded = 0 if state is None else _local(state.opt_state, host=True)
             host = {"optimizer state": offloaded} if offloaded else {}
             if (held := sum(memory.values())) > self.slice.chip.hbm_bytes:
                 raise DoesNotFit(
@@ -312,12 +312,12 @@ def _prompt_keys(batch: Mapping[str, Any]) -> tuple[str, ...]:
 _STREAMS: Final = (types.ENCODER_INPUT_TOKENS, types.DECODER_INPUT_TOKENS)
 
 
-def _local(tree: Any, kind: str | None = None) -> int:
-    """Bytes of one device's shards in memory of a kind; None: what is not the host's."""
+def _local(tree: Any, host: bool = False) -> int:
+    """Bytes of one device's shards, in its own memory or in its host's."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
-        if (leaf.sharding.memory_kind == sharding.HOST) == (kind == sharding.HOST)
+        if (leaf.sharding.memory_kind == sharding.HOST) == host
     )
 
 
