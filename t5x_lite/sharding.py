@@ -7,7 +7,6 @@ batches, and the few constraints on activations.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import contextvars
 import functools
@@ -20,11 +19,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_lite import trees
+from t5x_lite import devices, trees
 from t5x_lite.types import Array, Batch, InputError, Params
 
 MESH_AXES = ("data", "fsdp", "model")
-HOST: Final = "pinned_host"  # jax's name of the memory that offloading uses
 OFFLOADED: Final = ("optimizer",)  # what can be
 AxisRule = str | tuple[str, ...] | None
 Names = Sequence[str | None]
@@ -98,27 +96,27 @@ class Partitioner:
         TPUs say which slice they are in. Other devices, virtual ones too, are cut into `num_slices`
         equal parts in the order of their processes, and no process is on both sides of a cut.
         """
-        return _by_slice(_DESCRIBED.get() or jax.devices(), self.num_slices)
+        return devices.by_slice(self.num_slices)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The device mesh. Raises InputError if it does not use every device exactly once."""
         sizes = [self.data, self.fsdp, self.model]
         slices = self.by_slice
-        devices = sum(map(len, slices))
+        count = sum(map(len, slices))
         if -1 in sizes:
             others = -math.prod(sizes)
-            if devices % others:
+            if count % others:
                 raise InputError(
                     f"mesh data={self.data}, fsdp={self.fsdp}, model={self.model}: the fixed axes "
-                    f"take {others} devices, which does not divide the {devices} there are"
+                    f"take {others} devices, which does not divide the {count} there are"
                 )
-            sizes[sizes.index(-1)] = devices // others
+            sizes[sizes.index(-1)] = count // others
         shape = "x".join(map(str, sizes))
-        if math.prod(sizes) != devices:
+        if math.prod(sizes) != count:
             raise InputError(
                 f"mesh {shape} (data x fsdp x model) needs "
-                f"{math.prod(sizes)} devices, but this run has {devices} "
+                f"{math.prod(sizes)} devices, but this run has {count} "
                 f"({slices[0][0].platform}): set one of Partitioner.data, "
                 ".fsdp, .model to -1 to take what is left"
             )
@@ -201,8 +199,8 @@ class Partitioner:
         """
         if what not in self.offload:
             return NamedSharding(self.mesh, spec)
-        check_host_memory(self.mesh.devices.flat[0])
-        return NamedSharding(self.mesh, spec, memory_kind=HOST)
+        devices.check_host_memory(self.mesh.devices.flat[0])
+        return NamedSharding(self.mesh, spec, memory_kind=devices.HOST)
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -273,44 +271,6 @@ _ACTIVE: contextvars.ContextVar[Partitioner | None] = contextvars.ContextVar(
 )
 
 
-_DESCRIBED: contextvars.ContextVar[Sequence[Any] | None] = contextvars.ContextVar(
-    "described devices", default=None
-)
-
-
-@contextlib.contextmanager
-def described(devices: Sequence[Any]) -> Iterator[None]:
-    """Meshes made inside are of these devices, which need not be there: see `planning`."""
-    token = _DESCRIBED.set(devices)
-    try:
-        yield
-    finally:
-        _DESCRIBED.reset(token)
-
-
-def check_host_memory(device: Any) -> None:
-    """Raises InputError for a device that no array can be offloaded from."""
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if HOST not in kinds:
-        raise InputError(
-            f"Partitioner.offload: {device} has no memory of kind {HOST}, but {', '.join(kinds)}; "
-            "leave offload empty"
-        )
-
-
-def fetched(tree: Params) -> Params:
-    """`tree` for computing: its arrays in hosts' memory brought to the devices, the others as is.
-
-    The compiler says when: as early as it likes to hide the copying, where it has the memory.
-    """
-
-    def fetch(x: Array) -> Array:
-        away = jax.typeof(x).memory_space == jax.memory.Space.Host
-        return jax.device_put(x, jax.memory.Space.Device) if away else x
-
-    return jax.tree.map(fetch, tree)
-
-
 def constrain(x: Array, *names: str | None) -> Array:
     """`x` placed by its axis names; unchanged without an active partitioner, or on one device."""
     partitioner = _ACTIVE.get()
@@ -360,36 +320,3 @@ def local_size(names: Names, shape: Sequence[int]) -> int:
 
 def _as_tuple(axes: AxisRule) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-
-
-def _by_slice(devices: Sequence[Any], num_slices: int) -> tuple[tuple[Any, ...], ...]:
-    """See `Partitioner.by_slice`."""
-    groups: dict[int, list[Any]] = collections.defaultdict(list)
-    for device in devices:
-        # Of GPUs, too, jax says one, their host: no reason to keep an axis within it.
-        own = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
-        groups[own].append(device)
-    found = tuple(tuple(groups[index]) for index in sorted(groups))
-    platform = devices[0].platform
-    if len({len(part) for part in found}) > 1:
-        raise InputError(
-            f"this run's slices have {', '.join(str(len(part)) for part in found)} devices: "
-            "expected as many in each"
-        )
-    if num_slices in (-1, len(found)):
-        return found
-    if len(found) > 1 or platform == "tpu":
-        raise InputError(
-            f"Partitioner.num_slices={num_slices}, but this run's devices say that they are in "
-            f"{len(found)} slice(s): leave it at -1, which takes what they say"
-        )
-    count = len({device.process_index for device in devices})
-    if len(devices) % num_slices or (count > 1 and count % num_slices):
-        raise InputError(
-            f"Partitioner.num_slices={num_slices}: expected a divisor of "
-            + (f"the {count} processes" if count > 1 else f"the {len(devices)} devices")
-            + f" ({platform}) that are to be cut into slices"
-        )
-    order = sorted(devices, key=lambda device: (device.process_index, device.id))
-    size = len(order) // num_slices
-    return tuple(tuple(order[i : i + size]) for i in range(0, len(order), size))

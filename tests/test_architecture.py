@@ -19,7 +19,7 @@ PACKAGE = "t5x_lite"
 
 # A room may import its own rank and lower ones. `data` has rules of its own.
 RANK = {
-    **dict.fromkeys(("types", "trees", "records", "lifeline"), 0),
+    **dict.fromkeys(("types", "trees", "records", "devices", "lifeline"), 0),
     **dict.fromkeys(("distributed", "sharding"), 1),
     "kernels": 2,
     "models": 3,

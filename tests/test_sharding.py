@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from t5x_lite import configure, sharding, trees
+from t5x_lite import configure, trees
+from t5x_lite.devices import described
 from t5x_lite.models import transformer
 from t5x_lite.sharding import DEFAULT_RULES, Partitioner, constrain
 from t5x_lite.types import InputError
@@ -70,7 +71,7 @@ def test_a_mesh_that_cannot_be_is_named(sizes, message):
     ],
 )
 def test_slices_are_blocks_of_data(sizes, shape):
-    with sharding.described(jax.devices()[::-1]):  # in whatever order they are named
+    with described(jax.devices()[::-1]):  # in whatever order they are named
         partitioner = Partitioner(**sizes)
         mesh = partitioner.mesh
     assert mesh.devices.shape == shape
@@ -102,7 +103,7 @@ def device(index, process=0, platform="cpu", **attributes):
 
 
 def groups(devices, num_slices=-1):
-    with sharding.described(devices):
+    with described(devices):
         return [[d.id for d in part] for part in Partitioner(num_slices=num_slices).by_slice]
 
 

@@ -13,9 +13,10 @@ from typing import Any, Final, Literal
 
 import jax
 
-from t5x_lite import sharding, types
+from t5x_lite import types
 from t5x_lite.data.pipeline import Batches
 from t5x_lite.decode.generate import generate
+from t5x_lite.devices import HOST, described
 from t5x_lite.models import flops
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.transform import Transform
@@ -169,7 +170,7 @@ class Request:
 
         Raises DoesNotFit, and InputError for a mesh that the slice or the model does not divide.
         """
-        with sharding.described(self.slice.devices()):
+        with described(self.slice.devices()):
             session = Session(
                 self.model, self.transform, dataclasses.replace(self.partitioner), self.seed
             )
@@ -317,7 +318,7 @@ def _local(tree: Any, host: bool = False) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
-        if (leaf.sharding.memory_kind == sharding.HOST) == host
+        if (leaf.sharding.memory_kind == HOST) == host
     )
 
 

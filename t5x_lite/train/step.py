@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from t5x_lite import trees, types
+from t5x_lite.devices import fetched
 from t5x_lite.models import config_heads, heads
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.transformer import Transformer, head_parameters
 from t5x_lite.models.weights import draws, is_node
 from t5x_lite.peft.transform import Transform
-from t5x_lite.sharding import fetched
 from t5x_lite.train import chunked
 from t5x_lite.train.losses import (
     Normalisation,

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_lite import sharding
+from t5x_lite.devices import described
 from t5x_lite.kernels import flash
 from t5x_lite.kernels.plain import ByDistance, Visibility, dot_product_attention
 from t5x_lite.models import flops
@@ -91,7 +91,7 @@ TWO = Slice.parse("v5e:2x2", 2)
 
 
 def test_a_mesh_over_slices_is_as_jax_lays_it_out():
-    with sharding.described(TWO.devices()):
+    with described(TWO.devices()):
         mesh = Partitioner(data=4, fsdp=2).mesh
     wanted = mesh_utils.create_hybrid_device_mesh(
         (2, 2, 1), (2, 1, 1), TWO.devices(), allow_split_physical_axes=True
@@ -119,7 +119,7 @@ def test_only_what_crosses_slices_takes_their_network(axes, within, between):
     def reduce(x):
         return jax.lax.psum(x, axes)
 
-    with sharding.described(TWO.devices()):
+    with described(TWO.devices()):
         partitioner = Partitioner(fsdp=4)
         mapped = jax.shard_map(
             reduce,
@@ -301,7 +301,7 @@ def test_kernels_keep_nothing_of_length_squared(biased):
             bias = ByDistance(values) if biased else None
             return jnp.sum(attend(query, key, value, visibility, bias).astype(jnp.float32))
 
-        with sharding.described(SLICE.devices()[:1]):
+        with described(SLICE.devices()[:1]):
             partitioner = Partitioner()
 
             def struct(shape, dtype):

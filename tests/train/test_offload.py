@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite.sharding import HOST, Partitioner, check_host_memory
+from t5x_lite.devices import HOST, check_host_memory
+from t5x_lite.sharding import Partitioner
 from t5x_lite.train.checkpoint import Checkpointer
 from t5x_lite.train.optim import AdamW
 from t5x_lite.train.session import Session
