@@ -318,5 +318,10 @@ def local_size(names: Names, shape: Sequence[int]) -> int:
     return math.prod(partitioner.sharding(names, shape, what).shard_shape(tuple(shape)))
 
 
+def local_bytes(leaf: Any) -> int:
+    """Bytes of one device's shard of an array or shape struct with a sharding."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * int(leaf.dtype.itemsize)
+
+
 def _as_tuple(axes: AxisRule) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

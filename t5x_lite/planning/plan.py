@@ -20,6 +20,7 @@ from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.transform import Full, Transform
 from t5x_lite.planning import report
 from t5x_lite.planning.chips import Slice
+from t5x_lite.planning.largest import find_largest
 from t5x_lite.planning.request import Arrays, BatchShape, Plan, Request, Step
 from t5x_lite.planning.search import Search, search_plans
 from t5x_lite.sharding import Partitioner
@@ -49,6 +50,7 @@ def plan(
     new_tokens: int = 64,
     search: bool = False,
     tries: Search = Search(),
+    largest_batch: bool = False,
     compiler_options: Sequence[tuple[str, str]] = OPTIONS,
     output: str | None = None,
     program: str | None = None,
@@ -65,9 +67,10 @@ def plan(
       step: "train"; "eval", the loss alone; or "decode", a batch's prompts and `new_tokens` each,
         greedily, as one program.
       search: try meshes, remat and microbatches, and plan the best; `tries` says which.
+      largest_batch: try other numbers of rows, and plan the most that fit.
       compiler_options: of XLA for TPUs, by name.
       output: a JSON file to write.
-      program: a file for the compiled program's text; not with `search`, which compiles many.
+      program: a file for the compiled program's text; for one program alone.
 
     Raises InputError without libtpu, for a mesh that the slice or the model does not divide, and
     for a step that takes more memory than a chip has.
@@ -76,10 +79,10 @@ def plan(
         raise InputError(f"plan.step='{step}': expected train, eval or decode")
     if step == "decode" and model.decoder is None:
         raise InputError("plan.step='decode': this model has no decoder to write with")
-    if search and program is not None:
+    if [search, largest_batch, program is not None].count(True) > 1:
         raise InputError(
-            "plan.program is one step's text, and plan.search compiles many: search first, then "
-            "plan the mesh and remat that it found"
+            "plan.program is one step's text, and plan.search and .largest_batch compile many: "
+            "search first, then find the largest batch for its mesh and remat, then plan that"
         )
     if batch is None and batches is None:
         raise InputError("plan needs the run's batches, or batch=@BatchShape(), its sizes")
@@ -103,19 +106,25 @@ def plan(
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         tried = search_plans(request, tries, console) if search else []
-        found = tried[0].plan if tried else None
-        if found is None:
-            found = request.plan(program)
+        largest = find_largest(request, console) if largest_batch else None
+        if largest is not None:
+            found = largest.plan
+        else:
+            found = (tried[0].plan if tried else None) or request.plan(program)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
     record = {**dataclasses.asdict(found), "fits": found.fits}
     if tried:
         report.show_search(tried, console)
         record["tried"] = [one.record() for one in tried]
+    if largest is not None:
+        record["largest_batch"] = largest.record()
     if output is not None:
         os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
         with open(output, "w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
             file.write("\n")
     report.show(found, total_steps, output, console)
+    if largest is not None:
+        report.show_largest(largest, console)
     return found

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from t5x_lite.planning.largest import Largest
 from t5x_lite.planning.request import Plan
 from t5x_lite.planning.search import Tried
 
@@ -66,6 +67,17 @@ def show(found: Plan, total_steps: int | None, output: str | None, console: Cons
 
 
 _STEPS = {"train": "Step", "eval": "Evaluation of a batch", "decode": "Decoding a batch"}
+
+
+def show_largest(largest: Largest, console: Console) -> None:
+    """Prints how many rows fit."""
+    each = largest.rows // largest.step
+    more = "nothing tried does not" if largest.too_many is None else f"{largest.too_many:,} do not"
+    least = "" if largest.settled else "at least "
+    console.print(
+        f"Largest batch that fits: {least}{largest.rows:,} rows, {each} for each of "
+        f"{largest.step:,} data devices and microbatches ({more})"
+    )
 
 
 def show_search(tried: Sequence[Tried], console: Console) -> None:

@@ -22,7 +22,7 @@ from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.transform import Transform
 from t5x_lite.planning import hlo, timing
 from t5x_lite.planning.chips import Slice
-from t5x_lite.sharding import Partitioner
+from t5x_lite.sharding import Partitioner, local_bytes
 from t5x_lite.train.loop import compile_step
 from t5x_lite.train.optim import Optimizer
 from t5x_lite.train.session import Session
@@ -98,6 +98,9 @@ class BatchShape:
         return Arrays(self.rows, {key: (length, ()) for key, length in lengths.items()})
 
 
+TEMPORARIES: Final = "activations, gradients and temporaries"  # a kind of memory
+
+
 @dataclass(frozen=True)
 class Plan:
     """What was found. Bytes and seconds are of one chip and one step."""
@@ -124,6 +127,10 @@ class Plan:
     mfu: float  # by step_seconds
     compile_seconds: float
     method: str = METHOD
+
+    @property
+    def temporaries(self) -> int:
+        return self.memory[TEMPORARIES]
 
     @property
     def used(self) -> int:
@@ -164,6 +171,13 @@ class Request:
     seed: int
     new_tokens: int
     options: Mapping[str, str]
+
+    @property
+    def rows_step(self) -> int:
+        """What a batch's rows must be a multiple of. Raises InputError for an impossible mesh."""
+        with described(self.slice.devices()):
+            shards = dataclasses.replace(self.partitioner).batch_shards
+        return shards * (self.microbatches if self.step == "train" else 1)
 
     def plan(self, program: str | None = None) -> Plan:
         """Compiles, and measures what comes of it; `program`: a file for its text.
@@ -212,7 +226,7 @@ class Request:
         if program is not None:
             with open(program, "w", encoding="utf-8") as file:
                 file.write(text)
-        memory["activations, gradients and temporaries"] = _temporary(compiled)
+        memory[TEMPORARIES] = _temporary(compiled)
         return self._measured(session, batch, memory, host, text, seconds)
 
     def _compiled(
@@ -316,7 +330,7 @@ _STREAMS: Final = (types.ENCODER_INPUT_TOKENS, types.DECODER_INPUT_TOKENS)
 def _local(tree: Any, host: bool = False) -> int:
     """Bytes of one device's shards, in its own memory or in its host's."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        local_bytes(leaf)
         for leaf in jax.tree.leaves(tree)
         if (leaf.sharding.memory_kind == HOST) == host
     )

@@ -14,7 +14,7 @@ from t5x_lite.data import inspection
 from t5x_lite.data.pipeline import Batches
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.transform import Full, Transform, flatten_names
-from t5x_lite.sharding import Partitioner
+from t5x_lite.sharding import Partitioner, local_bytes
 from t5x_lite.train.session import Session
 
 
@@ -58,35 +58,57 @@ def inspect_params(
     partitioner: Partitioner = Partitioner(),
     console: Any = None,
 ) -> None:
-    """Prints the parameter table: path, shape, logical axes, sharding, count, and totals.
+    """Prints the parameter table: path, shape, logical axes, sharding, size and copies, and totals.
 
-    Nothing is allocated: it works for models of any size.
+    A parameter has as many copies as devices hold the same number of it. Nothing is allocated: it
+    works for models of any size.
     """
     console = console or Console(width=max(Console().width, 150))  # paths are not cut
     session = Session(model, transform, partitioner)
-    table = Table(title="Parameters")
-    for column in ("path", "shape", "axes", "sharding", "parameters", "per device", "trained"):
-        right = column in ("parameters", "per device")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    devices = partitioner.mesh.size
+    table = Table(title=f"Parameters, {_describe(partitioner)}")
+    for column in ("path", "shape", "axes", "sharding"):
+        table.add_column(column, overflow="fold")
+    for column in ("parameters", "per device", "copies"):
+        table.add_column(column, justify="right")
+    table.add_column("trained")
     counts = []
     names = session.split_names
     for shapes, axes, trained in zip(session.split_shapes, names, ("yes", "no"), strict=True):
         flat_axes = flatten_names(axes)
         for path, leaf in trees.flatten(shapes).items():
-            shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
             count = math.prod(leaf.shape)
-            counts.append((trained, count, shard))
+            local, whole = local_bytes(leaf), count * leaf.dtype.itemsize
+            counts.append((trained, count, local, whole))
             table.add_row(
                 path,
                 str(leaf.shape),
                 " ".join(map(str, flat_axes[path])),
                 str(tuple(leaf.sharding.spec)),
                 f"{count:,}",
-                f"{shard:,}",
+                f"{count * local // whole:,}",
+                f"{devices * local // whole:,}",
                 trained,
             )
     console.print(table)
     for label, keep in (("trained", ("yes",)), ("frozen", ("no",)), ("all", ("yes", "no"))):
-        count = sum(count for trained, count, _ in counts if trained in keep)
-        shard = sum(shard for trained, _, shard in counts if trained in keep)
-        console.print(f"{label:>8}: {count:,} parameters, {shard:,} on each device")
+        kept = [sizes for trained, *sizes in counts if trained in keep]
+        count, local, whole = (sum(size) for size in zip(*kept, strict=True)) if kept else (0, 0, 0)
+        console.print(
+            f"{label:>8}: {count:,} parameters, {_mib(whole)}; {_mib(local)} on each device"
+            + (f", {_mib(devices * local - whole)} of copies in all" if devices > 1 else "")
+        )
+
+
+def _describe(partitioner: Partitioner) -> str:
+    mesh = partitioner.mesh
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    slices = len(partitioner.by_slice)
+    kind = mesh.devices.flat[0].platform
+    return f"mesh {sizes}: {mesh.size} {kind} device(s)" + (
+        f" in {slices} slices" if slices > 1 else ""
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

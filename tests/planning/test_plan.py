@@ -349,3 +349,21 @@ def test_the_pages_commands_run(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         assert "Step, estimated:" in done.stdout
     assert json.loads((tmp_path / "plans/decoder.json").read_text())["fits"]
+
+
+def test_the_largest_batch_is_found(tmp_path, capsys):
+    found = made(tmp_path, largest_batch=True, rows=980)
+    record = json.loads((tmp_path / "plan.json").read_text())
+    largest = record["largest_batch"]
+    rows = largest["rows"]
+    assert found.tokens == rows * 512
+    assert found.fits
+    # On four chips one row more each is too many.
+    assert largest["settled"]
+    assert largest["rows_that_do_not_fit"] == rows + 4
+    used = largest["bytes_by_rows"]
+    assert used[str(rows)] == found.used > 0.8 * found.hbm
+    assert used[str(rows + 4)] is None or used[str(rows + 4)] > found.hbm
+    assert f"Largest batch that fits: {rows:,} rows" in capsys.readouterr().out
+    with pytest.raises(InputError, match="compile many"):
+        made(tmp_path, largest_batch=True, search=True)
