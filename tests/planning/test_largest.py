@@ -88,5 +88,7 @@ def test_a_search_may_end_before_it_is_settled():
 
 
 def test_no_row_fits():
+    found = search(Asked(Arrays(64, {}), 0, HBM, 2**20))
+    assert (found.rows, found.too_many) == (0, 16)
     with pytest.raises(InputError, match="not even 16 rows fit"):
-        search(Asked(Arrays(64, {}), 0, HBM, 2**20)).plan
+        _ = found.plan
