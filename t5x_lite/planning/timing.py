@@ -154,10 +154,10 @@ def estimate(program: Program, machine: Machine) -> Times:
                 now += slowest.total
                 continue
             if line.transfer:
-                traffic, seconds = _transferred(line, shapes, machine)
+                traffic = _transferred(line, shapes, machine)
                 times.traffic.setdefault(traffic.kind, Traffic(traffic.kind)).add(traffic, 1)
-                times.network += seconds
-                arrives[line.rendezvous] = network = max(network, now) + seconds
+                times.network += traffic.seconds
+                arrives[line.rendezvous] = network = max(network, now) + traffic.seconds
                 continue
             if line.opcode == "recv-done":
                 meeting = meetings.get(line.operands[0], "")
@@ -178,10 +178,10 @@ def estimate(program: Program, machine: Machine) -> Times:
                     times.by_source[f"waiting: {short(line.source)}"] += wait
                     now += wait
             elif found is not None and started is None:
-                traffic, seconds = _sent(found, machine)
+                traffic = _sent(found, machine)
                 times.traffic.setdefault(traffic.kind, Traffic(traffic.kind)).add(traffic, 1)
                 way = "links" if traffic.kind in COLLECTIVES else traffic.kind
-                free[way] = link = max(free.get(way, 0.0), now) + seconds
+                free[way] = link = max(free.get(way, 0.0), now) + traffic.seconds
                 if "-start" in line.name:
                     ready[line.name] = link
                     if channel:
@@ -200,30 +200,27 @@ def estimate(program: Program, machine: Machine) -> Times:
     return of(program.entry)
 
 
-def _sent(line: Instruction, machine: Machine) -> tuple[Traffic, float]:
+def _sent(line: Instruction, machine: Machine) -> Traffic:
     """What each chip sends in a collective within a slice, or to or from its host, and how long."""
     kind = line.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         copied = parts(line.shape)[0]
         kind, size = TO_HOST if on_host(copied) else FROM_HOST, nbytes(copied)
-        return Traffic(kind, 1, size, size / machine.host_bandwidth), size / machine.host_bandwidth
+        return Traffic(kind, 1, size, size / machine.host_bandwidth)
     group = line.group or machine.chips
     size = nbytes(_results(line)) * (group if kind == "reduce-scatter" else 1)
     sent, speed = _round(kind, size, group), machine.ring_bandwidth(group)
     if kind == "collective-permute":  # to a neighbour, over one link
         speed = machine.ring_bandwidth(2) / 2
-    return Traffic(kind, 1, sent, sent / speed), sent / speed
+    return Traffic(kind, 1, sent, sent / speed)
 
 
-def _transferred(
-    line: Instruction, shapes: Mapping[str, str], machine: Machine
-) -> tuple[Traffic, float]:
+def _transferred(line: Instruction, shapes: Mapping[str, str], machine: Machine) -> Traffic:
     """What each chip sends to other slices in a transfer, and how long that takes."""
     kind, slices = line.transfer, line.slices or machine.slices
     size = nbytes(shapes[line.operands[0]]) * (slices if kind == "all-gather" else 1)
     sent = _round(kind, size, slices)
-    seconds = sent / machine.dcn_bandwidth
-    return Traffic(kind + BETWEEN_SLICES, 1, sent, seconds), seconds
+    return Traffic(kind + BETWEEN_SLICES, 1, sent, sent / machine.dcn_bandwidth)
 
 
 def _round(kind: str, size: int, group: int) -> float:

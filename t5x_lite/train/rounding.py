@@ -42,7 +42,7 @@ def rounded(
 
     Parameters in float32 are updated as ever, and get no compensation. With "stochastic",
     `update` takes `key`, by which a parameter's path draws its own numbers: the same on any mesh.
-    A new value less than 2^-16 of the old one is as exact as float32 leaves the old one's sum.
+    Where a parameter falls below 2^-16 of what it was, float32's own rounding of the sum is coarser.
 
     Args:
       optimizer: of float32.
