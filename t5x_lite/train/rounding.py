@@ -42,7 +42,7 @@ def rounded(
 
     Parameters in float32 are updated as ever, and get no compensation. With "stochastic",
     `update` takes `key`, by which a parameter's path draws its own numbers: the same on any mesh.
-    Where a parameter falls below 2^-16 of what it was, float32's own rounding of the sum is coarser.
+    For a parameter that falls below 2^-16 of what it was, float32's sum is the coarser rounding.
 
     Args:
       optimizer: of float32.
