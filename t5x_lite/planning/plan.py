@@ -67,7 +67,8 @@ def plan(
       step: "train"; "eval", the loss alone; or "decode", a batch's prompts and `new_tokens` each,
         greedily, as one program.
       search: try meshes, remat and microbatches, and plan the best; `tries` says which.
-      largest_batch: try other numbers of rows, and plan the most that fit.
+      largest_batch: try more or fewer rows of the global batch than the run's, up to ten times,
+        and plan the most that fit.
       compiler_options: of XLA for TPUs, by name.
       output: a JSON file to write.
       program: a file for the compiled program's text; for one program alone.

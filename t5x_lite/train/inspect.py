@@ -60,44 +60,48 @@ def inspect_params(
 ) -> None:
     """Prints the parameter table: path, shape, logical axes, sharding, size and copies, and totals.
 
-    A parameter has as many copies as devices hold the same number of it. Nothing is allocated: it
-    works for models of any size.
+    A row is an array: of quantised weights the codes and the scales have one each. It has as many
+    copies as devices hold the same numbers of it. Nothing is allocated: it works for models of any
+    size.
     """
-    console = console or Console(width=max(Console().width, 150))  # paths are not cut
+    console = console or Console(width=max(Console().width, 170))  # paths are not cut
     session = Session(model, transform, partitioner)
     devices = partitioner.mesh.size
     table = Table(title=f"Parameters, {_describe(partitioner)}")
-    for column in ("path", "shape", "axes", "sharding"):
+    table.add_column("path", no_wrap=True)
+    for column in ("shape", "axes", "sharding"):
         table.add_column(column, overflow="fold")
-    for column in ("parameters", "per device", "copies"):
+    for column in ("dtype", "numbers", "bytes a device", "copies"):
         table.add_column(column, justify="right")
     table.add_column("trained")
-    counts = []
+    sizes: dict[str, list[tuple[int, int, int]]] = {"yes": [], "no": []}
     names = session.split_names
-    for shapes, axes, trained in zip(session.split_shapes, names, ("yes", "no"), strict=True):
+    for shapes, axes, trained in zip(session.split_shapes, names, sizes, strict=True):
         flat_axes = flatten_names(axes)
         for path, leaf in trees.flatten(shapes).items():
             count = math.prod(leaf.shape)
             local, whole = local_bytes(leaf), count * leaf.dtype.itemsize
-            counts.append((trained, count, local, whole))
+            sizes[trained].append((count, local, whole))
             table.add_row(
                 path,
                 str(leaf.shape),
                 " ".join(map(str, flat_axes[path])),
                 str(tuple(leaf.sharding.spec)),
+                str(leaf.dtype),
                 f"{count:,}",
-                f"{count * local // whole:,}",
+                f"{local:,}",
                 f"{devices * local // whole:,}",
                 trained,
             )
     console.print(table)
-    for label, keep in (("trained", ("yes",)), ("frozen", ("no",)), ("all", ("yes", "no"))):
-        kept = [sizes for trained, *sizes in counts if trained in keep]
-        count, local, whole = (sum(size) for size in zip(*kept, strict=True)) if kept else (0, 0, 0)
+    every = {"trained": sizes["yes"], "frozen": sizes["no"], "all": sizes["yes"] + sizes["no"]}
+    for label, kept in every.items():
+        count, local, whole = (sum(size) for size in zip((0, 0, 0), *kept, strict=True))
         console.print(
-            f"{label:>8}: {count:,} parameters, {_mib(whole)}; {_mib(local)} on each device"
-            + (f", {_mib(devices * local - whole)} of copies in all" if devices > 1 else "")
+            f"{label:>8}: {count:,} numbers, {_mib(whole)}; {_mib(local)} on each device"
+            + (f", {_mib(devices * local - whole)} in further copies" if devices > 1 else "")
         )
+    console.print(f"The model by itself has {trees.count(session.base_shapes):,} parameters")
 
 
 def _describe(partitioner: Partitioner) -> str:

@@ -116,6 +116,7 @@ def train(
     resumed = checks.find_resumed(model_dir, run)
     if initial is not None and resumed is None:
         initial = checks.pin(initial, vocabulary)
+        runs.check_base(initial, session)
     say = Console(stderr=True, soft_wrap=True, quiet=jax.process_index() != 0).print
     checkpointer = Checkpointer(model_dir, checkpoints, state_shapes)
     log = _writers(model_dir, total_steps)

@@ -151,6 +151,8 @@ def random_batch(config: ModelConfig, rows: int, length: int) -> dict[str, Array
 
 def _combined(names: list[str], base: Base, weights: tuple[float, ...], method: Method) -> Attached:
     """Several adapters on their base, as one."""
+    if isinstance(weights, int | float):  # gin's (0.7) is no tuple
+        weights = (weights,)
     if len(weights) != len(names):
         raise InputError(
             f"{len(names)} adapters and {len(weights)} weights: expected one for each, such as "

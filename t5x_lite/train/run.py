@@ -197,14 +197,11 @@ def load_params(
 def load_base(source: RunCheckpoint, session: Session) -> Params:
     """What `session.split` takes: `load_params`, but quantised weights come as they are.
 
-    They are never made whole on the way. Raises InputError for a quantised folder where the
-    session's transform keeps no quantised weights, other ones, or trains them.
+    They are never made whole on the way. Raises InputError as `check_base` does.
     """
     config, partitioner = session.config, session.partitioner
-    run = None if source.is_hf else Run.read(source.model_dir)
-    if run is None or not isinstance(run.transform, Stored):
+    if not check_base(source, session):
         return load_params(source, config, partitioner, session.seed)
-    _check_quantise(source.model_dir, run.transform.quantise, session)
     if not source.restore:
         _check_same(source, config)
     own = None if source.restore else config
@@ -215,14 +212,27 @@ def load_base(source: RunCheckpoint, session: Session) -> Params:
     return initial.fill(session, found, source.restore, source.model_dir)
 
 
+def check_base(source: RunCheckpoint, session: Session) -> bool:
+    """Whether `source` holds quantised weights.
+
+    Raises InputError if it does and the session's transform keeps no quantised weights, other ones,
+    or trains them.
+    """
+    run = None if source.is_hf else Run.read(source.model_dir)
+    if run is None or not isinstance(run.transform, Stored):
+        return False
+    _check_quantise(source.model_dir, run.transform.quantise, session)
+    return True
+
+
 def _check_quantise(where: str, theirs: Quantise, session: Session) -> None:
     """Raises InputError unless weights quantised by `theirs` can stand in the session."""
     ours = find_quantise(session.transform)
     if ours is None:
         raise InputError(
             f"the weights in '{where}' are quantised, and {type(session.transform).__name__} needs "
-            f"them in full: tune beside them, train.transform = Compose((LoRA(), {theirs})), or "
-            "start from the folder that they were made from"
+            "them in full: take the folder they were made from, or tune anew beside them, by "
+            f"--gin_file=peft/qlora.gin or any transform composed with {theirs}"
         )
     if ours != theirs:
         raise InputError(

@@ -197,6 +197,10 @@ def test_what_cannot_be_merged_or_combined_is_said_first(base, lora, tmp_path):
     cases = [
         (lambda: merge_adapter(**same, adapter=str(behind)), "Bottleneck is no linear map"),
         (lambda: merge_adapter(**same, adapter=f"{lora},{ia3}"), "2 adapters and 0 weights"),
+        (  # which is what gin makes of (0.7)
+            lambda: combine_adapters(**same, adapters=f"{lora},{ia3}", weights=0.7),
+            "2 adapters and 1 weights",
+        ),
         (
             lambda: combine_adapters(**same, adapters=f"{lora},{ia3}", weights=(1.0, 1.0)),
             "ia3' is IA3, no sum of low-rank updates",

@@ -22,7 +22,7 @@ def report(partitioner, **settings):
 
 
 def totals(text):
-    lines = re.findall(r"(trained|frozen|all): ([\d,]+) parameters, (.*)", text)
+    lines = re.findall(r"(trained|frozen|all): ([\d,]+) numbers, (.*)", text)
     return {label: (int(count.replace(",", "")), sizes) for label, count, sizes in lines}
 
 
@@ -39,8 +39,9 @@ def test_copies_are_counted():
     copies = jax.device_count() // 4
     wanted = ("mlp/wi_0/kernel", 2 * 32 * 64, 4), ("mlp_norm/scale", 2 * 32, 2)
     for path, count, parts in wanted:
-        numbers = row(text, f"encoder/layers/{path}")[4:7]
-        assert numbers == [f"{count:,}", f"{count // parts:,}", str(copies * 4 // parts)]
+        numbers = row(text, f"encoder/layers/{path}")[4:8]
+        copied = str(copies * 4 // parts)
+        assert numbers == ["float32", f"{count:,}", f"{4 * count // parts:,}", copied]
 
 
 def test_totals_are_of_bytes():
@@ -49,9 +50,10 @@ def test_totals_are_of_bytes():
     assert found["all"][0] == found["trained"][0] + found["frozen"][0]
     # Queries of three attentions in two layers, 32 x (4 x 8), from both sides.
     assert found["trained"][0] == 3 * 2 * 2 * (32 + 32)
+    assert f"The model by itself has {found['frozen'][0]:,} parameters" in text
     for count, sizes in found.values():
         size = 4 * count / 2**20
         copies = (jax.device_count() - 1) * size
         assert sizes == (
-            f"{size:,.1f} MiB; {size:,.1f} MiB on each device, {copies:,.1f} MiB of copies in all"
+            f"{size:,.1f} MiB; {size:,.1f} MiB on each device, {copies:,.1f} MiB in further copies"
         )

@@ -140,6 +140,19 @@ def test_a_transform_that_does_not_fit_is_refused(folders, transform, message):
         runs.load_base(source, runs.Session(harness.MODEL, transform, HERE))
 
 
+def test_a_run_that_cannot_take_quantised_weights_leaves_nothing(folders, tmp_path):
+    root, _ = folders
+    with pytest.raises(InputError, match="Full needs them in full"):
+        loop.train(
+            **harness.tiny_run(
+                tmp_path / "run",
+                tmp_path,
+                initial=runs.RunCheckpoint(str(root / "nf4")),
+            )
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_quantize_says_what_it_cannot_do(folders, tmp_path):
     root, _ = folders
     (tmp_path / "full").mkdir()
