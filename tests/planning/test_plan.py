@@ -335,8 +335,9 @@ def test_what_cannot_be_planned_says_so(tmp_path):
             topology="v4:4x4x4", model=MODEL, optimizer=AdamW(1e-3),
             batch=BatchShape(rows=64, decoder=512), partitioner=Partitioner(data=8, fsdp=8),
         )  # fmt: skip
-    with pytest.raises(InputError, match="search compiles many"):
-        made(tmp_path, search=True, program="step.hlo")
+    for both in ({"search": True}, {"largest_batch": True}):
+        with pytest.raises(InputError, match="compile many: search first"):
+            made(tmp_path, program="step.hlo", **both)
     with pytest.raises(InputError, match="or batch="):
         plan(topology="v5e:2x2", model=MODEL, optimizer=AdamW(1e-3))
     with pytest.raises(InputError, match="not to be had"):
@@ -365,5 +366,3 @@ def test_the_largest_batch_is_found(tmp_path, capsys):
     assert used[str(rows)] == found.used > 0.8 * found.hbm
     assert used[str(rows + 4)] is None or used[str(rows + 4)] > found.hbm
     assert f"Largest batch that fits: {rows:,} rows" in capsys.readouterr().out
-    with pytest.raises(InputError, match="compile many"):
-        made(tmp_path, largest_batch=True, search=True)
