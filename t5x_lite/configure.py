@@ -16,11 +16,18 @@ TypeError from within. So statements are read here one at a time, each remembere
 line, and what the main function reaches is walked through before anything is built.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import gc
+
+# The imports below make half a million objects that stay. To look for garbage among them takes a
+# fifth of a second on the way, and up to one when the program ends: hence `gc.freeze` in `main`.
+_collects = gc.isenabled()
+gc.disable()
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import importlib
 import inspect
@@ -297,8 +304,6 @@ def main(function: Configurable, *, like: Configurable | None = None, **given: A
     nobody foresaw.
     """
 
-    # Imports made half a million objects that stay: to look for garbage among them, at the latest
-    # when the program ends, takes up to a second.
     gc.freeze()
 
     def body() -> None:
@@ -385,3 +390,7 @@ def _known(name: str, where: str) -> Configurable:
         f"nothing that can be configured is called '{name}' ({where}).{did_you_mean(close)} "
         "--helpfull lists the names"
     )
+
+
+if _collects:
+    gc.enable()

@@ -616,3 +616,18 @@ def test_only_process_0_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(configure.jax, "process_index", lambda: 1)
     configure.save_operative_config(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_programs_look_for_no_garbage_among_what_they_imported() -> None:
+    program = textwrap.dedent("""
+        import gc
+        from t5x_lite import configure
+
+        def toy():
+            print(before, gc.isenabled(), gc.get_freeze_count() > 10_000)
+
+        before = gc.isenabled(), gc.get_freeze_count()
+        configure.main(toy)
+    """)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "(True, 0) True True\n", done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -121,9 +122,18 @@ def train(
     checkpointer = Checkpointer(model_dir, checkpoints, state_shapes)
     log = _writers(model_dir, total_steps)
     profile = profiling.Profile(profile_steps, model_dir, say)
+    start = 0 if resumed is None else checkpointer.latest_step or 0
+    aside = concurrent.futures.ThreadPoolExecutor(1, "compile_step")
     try:
+        if start < total_steps:
+            # Needs shapes alone, so parameters and their evaluation come meanwhile.
+            first = _put(session, batches, batches.batch(start, _rows(session, batches)))
+            compiling = aside.submit(
+                compile_step,
+                *(session, transformation, loss, microbatches, seed),
+                *(state_shapes, session.split_shapes[1], first),
+            )
         if resumed is not None:
-            start = checkpointer.latest_step or 0
             frozen = runs.load_frozen(resumed, session)
             params, opt_state = checkpointer.restore(
                 start, state_shapes.params, state_shapes.opt_state
@@ -133,7 +143,6 @@ def train(
             if initial is not None:
                 say(f"  (train.initial, {initial.model_dir}, was read when the run began)")
         else:
-            start = 0
             base = session.init_base() if initial is None else runs.load_base(initial, session)
             params, frozen = session.split(base)
             base_fingerprint = session.fingerprint(base)
@@ -158,7 +167,6 @@ def train(
         if start >= total_steps:
             say(f"Nothing to do: {model_dir} has its {total_steps} steps")
             return {}
-        first = _put(session, batches, batches.batch(start, _rows(session, batches)))
         slices = len(partitioner.by_slice)
         say(
             f"Training {trees.count(state.params):,} of "
@@ -166,10 +174,6 @@ def train(
             f"{partitioner.mesh.size} {jax.devices()[0].platform} device(s)"
             f"{f' in {slices} slices' if slices > 1 else ''}; compiling ..."
         )
-        compiled, seconds = compile_step(
-            session, transformation, loss, microbatches, seed, state, frozen, first
-        )
-        say(f"  compiled in {seconds:.1f} s")
         rate_of = schedules.compiled(optimizer.learning_rate)
         timing = _Timing(model, transform, first, partitioner, peak_flops_per_device)
         evaluator = Evaluator(session, evaluations)
@@ -197,6 +201,8 @@ def train(
 
         if start == 0:
             measured = evaluate(0, state)
+        compiled, seconds = compiling.result()
+        say(f"  compiled in {seconds:.1f} s")
         data = iterate(
             batches,
             start,
@@ -228,6 +234,7 @@ def train(
                 timing.restart()
         checkpointer.wait()
     finally:
+        aside.shutdown(wait=False)  # an error is told now, not when the compiler is done
         profile.close()
         for writer in log:
             writer.close()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -95,19 +96,22 @@ class Session:
 
     def init_base(self) -> Params:
         """Fresh base parameters, each shard made on its device."""
-        init = functools.partial(transformer.init, self.model)
-        return jax.jit(init, out_shardings=shardings(self.base_shapes))(self._key(0))
+
+        def init(seed: jax.Array) -> Params:
+            return transformer.init(self.model, _key(seed, 0))
+
+        return jax.jit(init, out_shardings=shardings(self.base_shapes))(self._seed)
 
     def init_some(self, paths: Sequence[str]) -> dict[str, jax.Array]:
         """Those of `init_base`'s parameters by path, without making the others."""
         shapes = trees.flatten(self.base_shapes)
 
-        def init(key: jax.Array) -> dict[str, jax.Array]:
-            drawn = trees.flatten(transformer.init(self.model, key))
+        def init(seed: jax.Array) -> dict[str, jax.Array]:
+            drawn = trees.flatten(transformer.init(self.model, _key(seed, 0)))
             return {path: drawn[path] for path in paths}
 
         out = {path: shapes[path].sharding for path in paths}
-        return jax.jit(init, out_shardings=out)(self._key(0))
+        return jax.jit(init, out_shardings=out)(self._seed)
 
     def split(self, base: Params) -> tuple[Params, Params]:
         """`(trainable, frozen)`; frozen arrays that stay as they are are the base's own."""
@@ -162,10 +166,16 @@ class Session:
         return jax.jit(optimizer.init, out_shardings=out)(params)
 
     def _split(self, base: Params) -> tuple[Params, Params]:
-        return self.transform.split(base, self.names, self._key(1))
+        return self.transform.split(base, self.names, _key(self.seed, 1))
 
-    def _key(self, stream: int) -> jax.Array:
-        return jax.random.fold_in(jax.random.key(self.seed), stream)
+    @property
+    def _seed(self) -> np.ndarray:
+        """For programs, which are then the same for every seed; `jax.random.key` cuts it so too."""
+        return np.int64(self.seed).astype(np.int32)
+
+
+def _key(seed: int | jax.Array, stream: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 def shardings(shapes: Params) -> Params:

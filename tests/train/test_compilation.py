@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import jax
+import pytest
 
 from t5x_lite.train import loop
+from t5x_lite.train.evaluate import Evaluator
+from t5x_lite.train.session import Session
+from t5x_lite.types import InputError
 from tests.train import harness
 
 FIRST_BATCH = "the first batch"
@@ -44,3 +49,37 @@ def test_a_run_compiles_its_step_once_and_nothing_between_steps(tmp_path, monkey
         loop.train(**run | {"total_steps": harness.TOTAL_STEPS + 4})
     assert names.count("jit(train_step)") == 1
     assert names[names.index(FIRST_BATCH) + 1 :] == ["jit(score)"]
+
+
+def test_the_step_is_compiled_while_parameters_are_made_and_evaluated(tmp_path, monkeypatch):
+    evaluating, compile_step, evaluate = threading.Event(), loop.compile_step, Evaluator.run
+
+    def compile_late(*args, **kwargs):
+        assert evaluating.wait(60), "the evaluation at step 0 waits for the step's compilation"
+        return compile_step(*args, **kwargs)
+
+    def run(*args, **kwargs):
+        evaluating.set()
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "compile_step", compile_late)
+    monkeypatch.setattr(Evaluator, "run", run)
+    loop.train(**harness.tiny_run(tmp_path / "run", tmp_path) | {"total_steps": 1})
+    assert evaluating.is_set()
+
+
+def test_an_error_does_not_wait_for_the_compiler(tmp_path, monkeypatch):
+    told = threading.Event()
+
+    def compile_long(*args, **kwargs):
+        assert told.wait(60), "the error waits"
+
+    def init_base(self):
+        raise InputError("no weights")
+
+    monkeypatch.setattr(loop, "compile_step", compile_long)
+    monkeypatch.setattr(Session, "init_base", init_base)
+    with pytest.raises(InputError, match="no weights"):
+        loop.train(**harness.tiny_run(tmp_path / "run", tmp_path))
+    assert not told.is_set()
+    told.set()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -210,9 +211,8 @@ def count_bytes(vocabulary: Vocabulary, ids: Sequence[int] | np.ndarray) -> int:
     Pieces between two specials are one text: a space at their joint is not counted. An unknown
     token counts as the sign that decoding shows in its place.
     """
-    tokens = np.asarray(ids, dtype=np.int64)
+    tokens: list[int] = np.asarray(ids, dtype=np.int64).tolist()
     specials = vocabulary.special_ids - {vocabulary.unk_id}
-    places = np.flatnonzero(np.isin(tokens, list(specials)))
-    runs = np.split(tokens, np.unique([*places, *(places + 1)]).astype(int))
-    texts = (vocabulary.decode(run) for run in runs if len(run) and int(run[0]) not in specials)
+    runs = itertools.groupby(tokens, specials.__contains__)
+    texts = (vocabulary.decode(list(run)) for special, run in runs if not special)
     return sum(len(text.encode("utf-8")) for text in texts)
