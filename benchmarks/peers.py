@@ -2,12 +2,14 @@
 
     python benchmarks/peers.py --hf_python=PATH/TO/python   # with torch, transformers and peft
     python benchmarks/peers.py --hf_python=PATH/TO/python --rows=bert,gpt2 --dtypes=float32
+    python benchmarks/peers.py --rows=t5 --t5x=PATH/TO/t5x  # a clone of google-research/t5x
     python benchmarks/peers.py --rows=t5                    # ours alone
 
 The same work on all sides: models of the same shapes and the same number of trained parameters
 (that is checked), random weights and tokens, no padding, no dropout, AdamW (torch's is fused).
 Torch runs as it comes (eager) and under torch.compile; its bfloat16 is autocast's. Ours is the
-library's step with the settings of gin_configs/hardware/cpu.gin. A masked language model's head
+library's step with the settings of gin_configs/hardware/cpu.gin. T5X's network and loss, unchanged,
+are another side where all of T5 is trained. A masked language model's head
 answers at 15% of the tokens with ours, and at all of them with Hugging Face's, which knows no other
 way; the loss is of those 15% either way.
 
@@ -25,6 +27,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -75,7 +78,7 @@ TOYS = {
 }
 PEERS = ("eager", "compiled")
 DTYPES = ("float32", "bfloat16")
-OURS = "t5x_lite"
+OURS, T5X = "t5x_lite", "t5x"
 # What README advises for Linux, given to all sides; torch.compile's seconds are of a first run.
 ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -88,6 +91,7 @@ _DTYPES = flags.DEFINE_list("dtypes", list(DTYPES), "Compute dtypes.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Timed steps of each side in a round.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each side.", lower_bound=1)
 _HF_PYTHON = flags.DEFINE_string("hf_python", None, "A Python with torch, transformers and peft.")
+_T5X = flags.DEFINE_string("t5x", None, "A clone of google-research/t5x, whose T5 is a side too.")
 
 
 @dataclass
@@ -112,9 +116,9 @@ class Times:
 
 def process(name: str) -> Side:
     """A side's process, which waits."""
-    python, program = sys.executable, "peers_ours.py"
-    if name != OURS:
-        python, program = _HF_PYTHON.value, "peers_hf.py"
+    python, program = _HF_PYTHON.value, "peers_hf.py"
+    if name in (OURS, T5X):
+        python, program = sys.executable, "peers_ours.py" if name == OURS else "peers_t5x.py"
     return Side(python, program, {**ENVIRONMENT, **os.environ})
 
 
@@ -122,9 +126,8 @@ def start(name: str, work: Work, dtype: str) -> Times:
     """A side's process, which has taken its first step."""
     side = process(name)
     began = time.perf_counter()
-    made = side.ask(
-        make={**dataclasses.asdict(work), "dtype": dtype, "compiled": name == "compiled"}
-    )
+    asked = {**dataclasses.asdict(work), "dtype": dtype, "compiled": name == "compiled"}
+    made = side.ask(make={**asked, "t5x": _T5X.value} if name == T5X else asked)
     return Times(side, time.perf_counter() - began, made)
 
 
@@ -172,6 +175,11 @@ def main(argv: list[str]) -> None:
         for value in flag.value:
             if value not in known:
                 sys.exit(f"error: --{flag.name} has '{value}'; known: {', '.join(known)}")
+    if _T5X.value and not (Path(_T5X.value).expanduser() / "t5x/examples/t5/network.py").is_file():
+        sys.exit(
+            f"error: --t5x={_T5X.value} has no t5x/examples/t5/network.py; expected a clone of "
+            "https://github.com/google-research/t5x"
+        )
     names = [OURS, *(_PEERS.value if _HF_PYTHON.value else ())]
     table = Table()
     for column in ("row", "side"):
@@ -185,7 +193,8 @@ def main(argv: list[str]) -> None:
     for row in _ROWS.value:
         for dtype in _DTYPES.value:
             work = {**ROWS, **TOYS}[row]
-            sides, ceiling = measured(work, dtype, names)
+            has_t5x = _T5X.value and (work.family, work.method) == ("t5", "full")
+            sides, ceiling = measured(work, dtype, [*names, T5X] if has_t5x else names)
             for times in sides.values():
                 versions |= times.side.hello
             title = f"{row}, {dtype}"

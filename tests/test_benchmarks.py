@@ -246,6 +246,58 @@ def test_an_unknown_row_is_named():
     assert "--rows has 'bart'; known: t5, bert" in done.stderr
 
 
+# In the shape of T5X's own: a network of as many parameters as it is told, and a loss.
+NETWORK = """
+import flax.linen as nn
+import jax.numpy as jnp
+
+class T5Config:
+    def __init__(self, *, vocab_size, **sizes):
+        self.vocab_size = vocab_size
+
+class Transformer(nn.Module):
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, inputs, decoder_inputs, targets, *, enable_dropout):
+        scales = self.param("scales", nn.initializers.ones, (COUNT,))
+        return jnp.zeros((*targets.shape, self.config.vocab_size)) + scales.sum()
+"""
+LOSSES = """
+def compute_weighted_cross_entropy(logits, targets, weights):
+    return logits.sum(), 0.0, weights.sum()
+"""
+
+
+def test_t5x_is_a_side_of_rows_that_train_all_of_t5(tmp_path):
+    """On stand-ins for two of its files; its packages themselves are not imported."""
+    folder = tmp_path / "t5x" / "examples" / "t5"
+    folder.mkdir(parents=True)
+    for package in (tmp_path / "t5x", folder.parent, folder):
+        (package / "__init__.py").write_text("raise ImportError('two dozen packages')")
+    (tmp_path / "t5x" / "losses.py").write_text(LOSSES)
+    flags = f"--t5x={tmp_path}", "--dtypes=float32", "--steps=1", "--rounds=1"
+
+    (folder / "network.py").write_text(NETWORK.replace("COUNT", "7"))
+    other = run("peers.py", "--rows=toy_t5", *flags, code=1)
+    (ours,) = re.findall(r"'t5x_lite': (\d+), 't5x': 7", other.stderr)
+
+    (folder / "network.py").write_text(NETWORK.replace("COUNT", ours))
+    done = run("peers.py", "--rows=toy_t5,toy_lora,toy_bert", *flags)
+    rows = re.findall(r"^(\w+), float32 \| (\w+) \|", done.stderr, re.M)
+    assert rows == [
+        ("toy_t5", "t5x_lite"),
+        ("toy_t5", "t5x"),
+        ("toy_lora", "t5x_lite"),
+        ("toy_bert", "t5x_lite"),
+    ]
+
+
+def test_a_folder_without_t5x_is_named(tmp_path):
+    done = run("peers.py", "--rows=toy_t5", f"--t5x={tmp_path}", code=1)
+    assert f"--t5x={tmp_path} has no t5x/examples/t5/network.py" in done.stderr
+
+
 def test_the_products_of_a_step_are_counted():
     done = run("products.py", "--row=toy_lora", "--rounds=1", "--steps=1")
     rows = re.findall(r"│ (\S+ , \S+) +│ (\S+) +│ +(\d+) │", done.stdout)
