@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import shlex
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 
@@ -93,6 +95,8 @@ def rewrite_bindings(argv: Sequence[str], is_value: Callable[[str], bool]) -> li
 def help_text(function: Configurable, names: Mapping[str, Configurable]) -> str:
     """The program's docstring, an example, the flags, what `function` takes, and `names`.
 
+    What its docstring says of a parameter under "Args:" stands below it.
+
     absl's own text would list the flags of every library imported, and none of gin's names.
     """
     name = function.__name__
@@ -109,7 +113,12 @@ def help_text(function: Configurable, names: Mapping[str, Configurable]) -> str:
         f"What {name} takes (--NAME=VALUE, or {name}.NAME = VALUE in a gin file; --helpfull lists "
         "all other names):"
     ]
-    lines += [f"  {_shown(parameter)}" for parameter in parameters(function).values()]
+    told = descriptions(inspect.getdoc(function) or "")
+    for parameter in parameters(function).values():
+        lines.append(f"  {_shown(parameter)}")
+        lines += textwrap.wrap(
+            told.get(parameter.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
     for known, target in sorted(names.items()):
         lines.append(f"  {known:28}{(inspect.getdoc(target) or '').partition(chr(10))[0]}")
     return "\n".join(lines)
@@ -121,8 +130,31 @@ def _shown(parameter: inspect.Parameter) -> str:
     typed = (
         parameter.name if parameter.annotation is parameter.empty else f"{parameter.name}: {kind}"
     )
-    required = parameter.default is parameter.empty
-    return f"{typed} (required)" if required else f"{typed} = {parameter.default!r}"
+    default = parameter.default
+    if default is parameter.empty:
+        return f"{typed} (required)"
+    if dataclasses.is_dataclass(default) and repr(default) == repr(_bare(type(default))):
+        return f"{typed} = {type(default).__name__}()"
+    return f"{typed} = {default!r}"
+
+
+def _bare(kind: type) -> object:
+    """One with every default, or None where something is required."""
+    try:
+        return kind()
+    except TypeError:
+        return None
+
+
+def descriptions(docstring: str) -> dict[str, str]:
+    """What a docstring's section "Args:" says of each parameter, on one line."""
+    _, _, section = docstring.partition("\nArgs:\n")
+    section = re.split(r"\n(?=\S)", section)[0]
+    found: dict[str, str] = {}
+    for entry in re.split(r"^  (?=\S)", section, flags=re.M)[1:]:
+        names, _, text = entry.partition(":")
+        found |= {name.strip(): " ".join(text.split()) for name in names.split(",")}
+    return found
 
 
 def exit_code(body: Callable[[], None]) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -16,9 +19,12 @@ import pytest
 from absl.testing import flagsaver
 
 from t5x_lite import configure
-from t5x_lite.commandline import rewrite_bindings
+from t5x_lite.bindings import parameters
+from t5x_lite.commandline import descriptions, rewrite_bindings
 from t5x_lite.distributed import Process
 from t5x_lite.types import InputError
+
+SCRIPTS = configure.GIN_CONFIGS.parent / "scripts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +65,16 @@ def toy_train(
     schedule: Callable[[int], float] = toy_schedule,
     others: tuple[ToyTask, ...] = (),
 ) -> None:
-    """Trains a toy."""
+    """Trains a toy.
+
+    Args:
+      model_dir: the run's
+        folder.
+      task, others: what is learned: nothing.
+
+    Returns:
+      total_steps: is described by no argument.
+    """
     ran.append(dict(locals()))
 
 
@@ -501,12 +516,26 @@ def test_help_shows_flags_and_parameters(
     assert "python program.py --gin_file=" in short
     assert "total_steps: int = 100" in short
     assert "--coordinator       HOST:PORT of process 0" in short
-    assert "task: ToyTask (required)" in short
+    assert "\n  model_dir: str (required)\n      the run's folder.\n" in short
+    assert "\n  task: ToyTask (required)\n      what is learned: nothing.\n" in short
+    assert "\n  total_steps: int = 100\n  schedule" in short
+    assert short.endswith("others: tuple[ToyTask, ...] = ()\n      what is learned: nothing.\n")
     assert "ToyNoise " not in short
     assert launch(monkeypatch, "--helpfull") == 0
     full = capsys.readouterr().out
     assert "ToyNoise " in full
     assert "--log_dir" not in full  # other libraries' flags
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_help_describes_all_that_a_program_takes(script: Path) -> None:
+    (name,) = re.findall(r"configure\.main\((\w+)", script.read_text())
+    function = runpy.run_path(str(script))[name]
+    described = descriptions(inspect.getdoc(function) or "")
+    taken = set(parameters(function)) - {"console"}  # from Python alone
+    assert taken - set(described) == set()
+    assert all(described.values())
+    assert set(described) <= set(parameters(function))
 
 
 def test_a_program_of_its_own(tmp_path: Path) -> None:

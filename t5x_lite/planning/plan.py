@@ -22,7 +22,7 @@ from t5x_lite.planning import report
 from t5x_lite.planning.chips import Slice
 from t5x_lite.planning.largest import find_largest
 from t5x_lite.planning.request import Arrays, BatchShape, Plan, Request, Step
-from t5x_lite.planning.search import Search, search_plans
+from t5x_lite.planning.search import Search, Tried, search_plans
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train.optim import Optimizer
 from t5x_lite.train.step import Loss
@@ -64,9 +64,11 @@ def plan(
       model, optimizer, transform, loss, microbatches, partitioner, total_steps, seed: the run's.
       batches: the run's; read for the shapes of its first batch.
       batch: in place of `batches`, its sizes: nothing is read.
-      step: "train"; "eval", the loss alone; or "decode", a batch's prompts and `new_tokens` each,
-        greedily, as one program.
-      search: try meshes, remat and microbatches, and plan the best; `tries` says which.
+      step: "train"; "eval", the loss alone; or "decode", a batch's prompts and what comes behind
+        them, greedily, as one program.
+      new_tokens: behind each prompt, for "decode".
+      search: try meshes, remat and microbatches, and plan the best.
+      tries: what a search tries.
       largest_batch: try more or fewer rows of the global batch than the run's, up to ten times,
         and plan the most that fit.
       compiler_options: of XLA for TPUs, by name.
@@ -105,13 +107,16 @@ def plan(
     # The cache of compiled programs can't be read for devices that are not there.
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    tried: list[Tried] = []
+    largest = None
     try:
-        tried = search_plans(request, tries, console) if search else []
-        largest = find_largest(request, console) if largest_batch else None
-        if largest is not None:
+        if search:
+            found, tried = search_plans(request, tries, console)
+        elif largest_batch:
+            largest = find_largest(request, console)
             found = largest.plan
         else:
-            found = (tried[0].plan if tried else None) or request.plan(program)
+            found = request.plan(program)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
     record = {**dataclasses.asdict(found), "fits": found.fits}

@@ -70,8 +70,8 @@ class Tried:
         }
 
 
-def search_plans(request: Request, tries: Search, console: Console) -> list[Tried]:
-    """All that was tried: those that fit by the cautious estimate, then the others.
+def search_plans(request: Request, tries: Search, console: Console) -> tuple[Plan, list[Tried]]:
+    """The best plan, and all that was tried: those that fit by the cautious estimate, then others.
 
     Raises InputError if none fits.
     """
@@ -107,13 +107,14 @@ def search_plans(request: Request, tries: Search, console: Console) -> list[Trie
             if settled:
                 break
     tried.sort(key=_rank)
-    if not tried or tried[0].plan is None or not tried[0].plan.fits:
+    best = tried[0].plan if tried else None
+    if best is None or not best.fits:
         reasons = "; ".join(f"{one.mesh}, remat {one.remat}: {one.reason}" for one in tried[:4])
         raise InputError(
             f"nothing that was tried fits {request.slice} ({reasons}): take a larger slice, fewer "
             "rows, or other Search.model, .remat and .microbatches"
         )
-    return tried
+    return best, tried
 
 
 _NEVER: Final = float("inf")

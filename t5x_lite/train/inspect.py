@@ -63,6 +63,12 @@ def inspect_params(
     A row is an array: of quantised weights the codes and the scales have one each. It has as many
     copies as devices hold the same numbers of it. Nothing is allocated: it works for models of any
     size.
+
+    Args:
+      model: its config.
+      transform: what is trained.
+      partitioner: the mesh and its rules.
+      console: to print to; None: standard output.
     """
     console = console or Console(width=max(Console().width, 170))  # paths are not cut
     session = Session(model, transform, partitioner)
@@ -90,7 +96,7 @@ def inspect_params(
                 str(leaf.dtype),
                 f"{count:,}",
                 f"{local:,}",
-                f"{devices * local // whole:,}",
+                f"{devices * local // max(whole, 1):,}",
                 trained,
             )
     console.print(table)

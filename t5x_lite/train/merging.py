@@ -88,7 +88,7 @@ def combine_adapters(
     *,
     base: str,
     adapters: str,
-    weights: tuple[float, ...],
+    weights: tuple[float, ...] | float,
     output: str,
     method: Method = Linear(),
     to: str = "adapter",
@@ -149,7 +149,9 @@ def random_batch(config: ModelConfig, rows: int, length: int) -> dict[str, Array
     return batch
 
 
-def _combined(names: list[str], base: Base, weights: tuple[float, ...], method: Method) -> Attached:
+def _combined(
+    names: list[str], base: Base, weights: tuple[float, ...] | float, method: Method
+) -> Attached:
     """Several adapters on their base, as one."""
     if isinstance(weights, int | float):  # gin's (0.7) is no tuple
         weights = (weights,)

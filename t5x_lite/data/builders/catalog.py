@@ -67,12 +67,14 @@ def names() -> list[str]:
 def prepare(dataset: str, data_dir: str, *, wheels: str | None = None) -> dict[str, Any]:
     """Fetches and builds `dataset` under `data_dir`, unless it is there; returns a summary.
 
-    `{"dataset": ..., "path": ..., "splits": {"train": records, ...}, "bytes": on disk}`. A
-    dataset of several configs is named with one of them: `indico_po/fr`.
+    `{"dataset": ..., "path": ..., "splits": {"train": records, ...}, "bytes": on disk}`. TFDS
+    builds in a temporary folder and renames it, so a build that was killed leaves nothing that
+    could be taken for a dataset; one that is prepared is not built again, and needs no network.
 
-    The wheels go to `wheels`, by default `data_dir/wheels`. TFDS builds in a temporary folder and
-    renames it, so a build that was killed leaves nothing that could be taken for a dataset; one
-    that is prepared is not built again, and needs no network.
+    Args:
+      dataset: its name; one of several configs with its own: `indico_po/fr`.
+      data_dir: the folder that TFDS datasets are in.
+      wheels: where fetched packages go; None: `data_dir/wheels`.
 
     Raises InputError for an unknown dataset and for wheels that can't be had.
     """
