@@ -282,6 +282,7 @@ class Stack(nn.Module):
             length=config.num_layers,
             unroll=min(config.unroll, config.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # would trace a layer twice; nothing is broadcast out
         )
         x, stacked = scanned(
             config, self.has_memory, self.param_dtype, self.stddev, keeps, name="layers"
