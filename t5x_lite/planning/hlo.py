@@ -8,6 +8,7 @@ for them is a collective of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -138,6 +139,8 @@ class Program:
             elif found := _INSTRUCTION.match(line):
                 shape, opcode, rest = _split(found[2])
                 lines.append(Instruction(found[1], opcode, shape, rest))
+            elif lines:  # what a kernel says of itself has line breaks
+                lines[-1] = dataclasses.replace(lines[-1], rest=lines[-1].rest + line)
         return cls(computations, entry)
 
     def trips(self, loop: Instruction) -> int:

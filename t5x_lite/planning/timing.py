@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -244,6 +245,10 @@ def _results(line: Instruction) -> str:
 def short(source: str) -> str:
     """`jit(train_step)/jvp(Transformer)/decoder/while/body/mlp/wi_0/dot_general` -> its parts."""
     backward = "backward " if "transpose(" in source else ""
-    dropped = r"jit\(.*?\)|jvp\(.*?\)+|transpose\(.*|while|body|closed_call|checkpoint|rematted.*"
-    kept = [part for part in source.split("/") if part and not re.fullmatch(dropped, part)]
+    dropped = (
+        r"jit\(.*?\)|jvp\(.*?\)+|transpose\(.*|vmap\(.*?\)|while|body|closed_call|checkpoint"
+        r"|rematted.*|shard_map"
+    )
+    named = (part for part in source.split("/") if part and not re.fullmatch(dropped, part))
+    kept = [part for part, _ in itertools.groupby(named)]
     return backward + ("/".join(kept[-3:]) or "what XLA adds")
