@@ -8,10 +8,10 @@
 The same work on all sides: models of the same shapes and the same number of trained parameters
 (that is checked), random weights and tokens, no padding, no dropout, AdamW (torch's is fused).
 Torch runs as it comes (eager) and under torch.compile; its bfloat16 is autocast's. Ours is the
-library's step with the settings of gin_configs/hardware/cpu.gin. T5X's network and loss, unchanged,
-are another side where all of T5 is trained. A masked language model's head
-answers at 15% of the tokens with ours, and at all of them with Hugging Face's, which knows no other
-way; the loss is of those 15% either way.
+library's step with the settings of gin_configs/hardware/cpu.gin. T5X's networks and loss,
+unchanged, are two more sides where all of T5 is trained. A masked language model's head answers at
+15% of the tokens with ours, and at all of them with Hugging Face's, which knows no other way; the
+loss is of those 15% either way.
 
 Each side of a row is a process of its own, started for that row and allocating from huge pages.
 They take turns, round by round, and wait while they are not asked: so all see the same machine, and
@@ -78,7 +78,8 @@ TOYS = {
 }
 PEERS = ("eager", "compiled")
 DTYPES = ("float32", "bfloat16")
-OURS, T5X = "t5x_lite", "t5x"
+OURS = "t5x_lite"
+T5X = {"t5x": "t5", "t5x scalable": "scalable_t5"}  # sides, and which of its examples they are
 # What README advises for Linux, given to all sides; torch.compile's seconds are of a first run.
 ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -117,7 +118,7 @@ class Times:
 def process(name: str) -> Side:
     """A side's process, which waits."""
     python, program = _HF_PYTHON.value, "peers_hf.py"
-    if name in (OURS, T5X):
+    if name == OURS or name in T5X:
         python, program = sys.executable, "peers_ours.py" if name == OURS else "peers_t5x.py"
     return Side(python, program, {**ENVIRONMENT, **os.environ})
 
@@ -126,8 +127,14 @@ def start(name: str, work: Work, dtype: str) -> Times:
     """A side's process, which has taken its first step."""
     side = process(name)
     began = time.perf_counter()
-    asked = {**dataclasses.asdict(work), "dtype": dtype, "compiled": name == "compiled"}
-    made = side.ask(make={**asked, "t5x": _T5X.value} if name == T5X else asked)
+    asked: dict[str, Any] = {
+        **dataclasses.asdict(work),
+        "dtype": dtype,
+        "compiled": name == "compiled",
+    }
+    if name in T5X:
+        asked |= {"t5x": _T5X.value, "example": T5X[name]}
+    made = side.ask(make=asked)
     return Times(side, time.perf_counter() - began, made)
 
 
@@ -194,7 +201,7 @@ def main(argv: list[str]) -> None:
         for dtype in _DTYPES.value:
             work = {**ROWS, **TOYS}[row]
             has_t5x = _T5X.value and (work.family, work.method) == ("t5", "full")
-            sides, ceiling = measured(work, dtype, [*names, T5X] if has_t5x else names)
+            sides, ceiling = measured(work, dtype, [*names, *T5X] if has_t5x else names)
             for times in sides.values():
                 versions |= times.side.hello
             title = f"{row}, {dtype}"

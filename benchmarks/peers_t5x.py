@@ -1,9 +1,13 @@
 """T5X's side of `peers.py`: its network and its loss, from a clone of google-research/t5x.
 
 Run by `peers.py --t5x=FOLDER`. Reads one JSON object a line, as `peers_ours.py` does: "make" and
-"run". T5X is not on PyPI, and importing it as a package wants two dozen others; what a step of its
+"run". T5X is not on PyPI, and its package imports TensorFlow, seqio and more; what a step of its
 trainer computes (`models.EncoderDecoderModel.loss_fn`, differentiated) is in three files that need
 JAX and Flax alone. The optimizer is optax's AdamW, as on every side, in the place of its own.
+
+Its examples are two: `t5`, which the models' gin files take, with a program for each layer and
+nothing recomputed, and `scalable_t5`, which scans over layers and here recomputes by its "minimal"
+policy, all but products.
 """
 
 from __future__ import annotations
@@ -22,24 +26,26 @@ import optax
 import peers_ours
 import train_step
 
+SETTINGS: dict[str, dict[str, Any]] = {"t5": {}, "scalable_t5": {"remat_policy": "minimal"}}
 
-def load(folder: str) -> tuple[types.ModuleType, types.ModuleType]:
+
+def load(folder: str, example: str) -> tuple[types.ModuleType, types.ModuleType]:
     """`(network, losses)` of T5X, without what its packages import for themselves."""
     root = Path(folder).expanduser() / "t5x"
     for name, path in (
         ("t5x", root),
         ("t5x.examples", root / "examples"),
-        ("t5x.examples.t5", root / "examples" / "t5"),
+        (f"t5x.examples.{example}", root / "examples" / example),
     ):
         sys.modules[name] = package = types.ModuleType(name)
         package.__path__ = [str(path)]
-    network = importlib.import_module("t5x.examples.t5.network")
+    network = importlib.import_module(f"t5x.examples.{example}.network")
     return network, importlib.import_module("t5x.losses")
 
 
 def make(asked: dict[str, Any]) -> tuple[Callable[[], Any], int]:
     """A step of training, and how many parameters it trains."""
-    network, losses = load(asked["t5x"])
+    network, losses = load(asked["t5x"], asked["example"])
     config = network.T5Config(
         vocab_size=asked["vocab"],
         dtype=jnp.dtype(asked["dtype"]),
@@ -51,10 +57,11 @@ def make(asked: dict[str, Any]) -> tuple[Callable[[], Any], int]:
         mlp_dim=asked["mlp"],
         mlp_activations=("gelu", "linear"),
         dropout_rate=0.0,
+        **SETTINGS[asked["example"]],
     )
     model = network.Transformer(config)
     batch = {name: jnp.asarray(value) for name, value in peers_ours.batch(asked).items()}
-    # Whole rows: like the other sides, it is not told of segments.
+    # It is told of no segments, as our side is: whole rows need none, and its masks are fewer.
     inputs = [batch[f"{name}_tokens"] for name in ("encoder_input", "decoder_input")]
     targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
     params = jax.jit(lambda key: model.init(key, *inputs, targets, enable_dropout=False))(

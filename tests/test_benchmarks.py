@@ -271,23 +271,27 @@ def compute_weighted_cross_entropy(logits, targets, weights):
 
 def test_t5x_is_a_side_of_rows_that_train_all_of_t5(tmp_path):
     """On stand-ins for two of its files; its packages themselves are not imported."""
-    folder = tmp_path / "t5x" / "examples" / "t5"
-    folder.mkdir(parents=True)
-    for package in (tmp_path / "t5x", folder.parent, folder):
+    folders = [tmp_path / "t5x" / "examples" / name for name in ("t5", "scalable_t5")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for package in (tmp_path / "t5x", folders[0].parent, *folders):
         (package / "__init__.py").write_text("raise ImportError('two dozen packages')")
     (tmp_path / "t5x" / "losses.py").write_text(LOSSES)
     flags = f"--t5x={tmp_path}", "--dtypes=float32", "--steps=1", "--rounds=1"
 
-    (folder / "network.py").write_text(NETWORK.replace("COUNT", "7"))
+    for folder in folders:
+        (folder / "network.py").write_text(NETWORK.replace("COUNT", "7"))
     other = run("peers.py", "--rows=toy_t5", *flags, code=1)
     (ours,) = re.findall(r"'t5x_lite': (\d+), 't5x': 7", other.stderr)
 
-    (folder / "network.py").write_text(NETWORK.replace("COUNT", ours))
+    for folder in folders:
+        (folder / "network.py").write_text(NETWORK.replace("COUNT", ours))
     done = run("peers.py", "--rows=toy_t5,toy_lora,toy_bert", *flags)
-    rows = re.findall(r"^(\w+), float32 \| (\w+) \|", done.stderr, re.M)
+    rows = re.findall(r"^(\w+), float32 \| ([\w ]+) \|", done.stderr, re.M)
     assert rows == [
         ("toy_t5", "t5x_lite"),
         ("toy_t5", "t5x"),
+        ("toy_t5", "t5x scalable"),
         ("toy_lora", "t5x_lite"),
         ("toy_bert", "t5x_lite"),
     ]

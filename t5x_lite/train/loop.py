@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from t5x_lite import trees, types
+from t5x_lite import compilation, trees, types
 from t5x_lite.data.pipeline import Batches, iterate
 from t5x_lite.decode.asking import asking_of
 from t5x_lite.models import flops
@@ -123,12 +122,11 @@ def train(
     log = _writers(model_dir, total_steps)
     profile = profiling.Profile(profile_steps, model_dir, say)
     start = 0 if resumed is None else checkpointer.latest_step or 0
-    aside = concurrent.futures.ThreadPoolExecutor(1, "compile_step")
     try:
         if start < total_steps:
             # Needs shapes alone, so parameters and their evaluation come meanwhile.
             first = _put(session, batches, batches.batch(start, _rows(session, batches)))
-            compiling = aside.submit(
+            compiling = compilation.aside(
                 compile_step,
                 *(session, transformation, loss, microbatches, seed),
                 *(state_shapes, session.split_shapes[1], first),
@@ -234,7 +232,6 @@ def train(
                 timing.restart()
         checkpointer.wait()
     finally:
-        aside.shutdown(wait=False)  # an error is told now, not when the compiler is done
         profile.close()
         for writer in log:
             writer.close()
