@@ -143,8 +143,9 @@ def measured(work: Work, dtype: str, names: list[str]) -> tuple[dict[str, Times]
     products = process(OURS)
     shape = {"rows": work.rows * (work.encoder or work.decoder), "inner": work.embed}
     sides = {name: start(name, work, dtype) for name in names}
-    if len({times.made["trained"] for times in sides.values()}) > 1:
-        counts = {name: times.made["trained"] for name, times in sides.items()}
+    counts = {name: times.made["trained"] for name, times in sides.items()}
+    # T5X's scanned layers have tables of relative positions of their own, 32 numbers a head.
+    if max(counts.values()) > 1.0001 * min(counts.values()):
         sys.exit(f"error: the sides do not train the same number of parameters: {counts}")
     rates = []
     for _ in range(_ROUNDS.value):

@@ -121,8 +121,8 @@ def train(
     checkpointer = Checkpointer(model_dir, checkpoints, state_shapes)
     log = _writers(model_dir, total_steps)
     profile = profiling.Profile(profile_steps, model_dir, say)
-    start = 0 if resumed is None else checkpointer.latest_step or 0
     try:
+        start = 0 if resumed is None else checkpointer.latest_step or 0
         if start < total_steps:
             # Needs shapes alone, so parameters and their evaluation come meanwhile.
             first = _put(session, batches, batches.batch(start, _rows(session, batches)))
