@@ -1,8 +1,7 @@
-"""What XLA compiled is kept on disk, and may be compiled while other things are done.
+"""What XLA compiled is kept on disk: a program's second start reads what its first compiled.
 
-A program's second start reads what its first compiled: jax's persistent cache, which jax itself
-leaves off; programs switch it on here. Its entries are keyed by program, options and versions; one
-that can't be read is compiled anew, with a warning.
+jax's persistent cache, which jax itself leaves off: programs switch it on here. Its entries are
+keyed by program, options and versions; one that can't be read is compiled anew, with a warning.
 """
 
 from __future__ import annotations
@@ -10,21 +9,15 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import sys
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import jax
 from absl import logging
 
 MAX_BYTES: Final = 2 * 2**30  # of all entries; what was read longest ago goes first
 LEAST_SECONDS: Final = 0.05  # of compiling: to read what takes less saves nothing
-_THREAD: Final = "t5x_lite-compiles"
-T = TypeVar("T")
 
 
 def keep_compiled() -> None:
@@ -78,48 +71,3 @@ def _abilities() -> str:
     first = text.split("\n\n")[0].splitlines()
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     return "\n".join(line for line in first if line.startswith(wanted))
-
-
-def aside(function: Callable[..., T], *args: Any) -> Future[T]:
-    """Calls what compiles in a thread of its own; `.result()` waits for it.
-
-    Or here and now: on GPUs, whose compiler times kernels on the device, and where the caller has
-    set something by `with jax.default_matmul_precision(...)` and the like, for that is set for one
-    thread alone.
-    """
-    pool = ThreadPoolExecutor(1, _THREAD)
-    try:
-        there = pool.submit(lambda: dict(jax.config.values)).result()
-        if jax.default_backend() == "gpu" or there != dict(jax.config.values):
-            done: Future[T] = Future()
-            done.set_result(function(*args))
-            return done
-        return pool.submit(function, *args)
-    finally:
-        pool.shutdown(wait=False)
-
-
-def under_way() -> bool:
-    """Whether something that was set `aside` is not done."""
-    return bool(_threads())
-
-
-def wait() -> None:
-    """Returns when all that was set `aside` is done."""
-    for thread in _threads():
-        thread.join()
-
-
-def _threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(_THREAD)]
-
-
-def leave(code: int) -> None:
-    """Ends this process at once with an exit code, if it is compiling; else does nothing.
-
-    For one that has failed: at its end Python would wait for the compiler, which can take minutes.
-    """
-    if under_way():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)

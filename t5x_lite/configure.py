@@ -49,7 +49,7 @@ from absl import app, flags, logging
 from gin import config_parser
 from gin.config import ParserDelegate
 
-from t5x_lite import commandline, compilation, distributed
+from t5x_lite import aside, commandline, compilation, distributed
 from t5x_lite.bindings import (
     COMMAND_LINE,
     MACRO,
@@ -343,14 +343,14 @@ def main(function: Configurable, *, like: Configurable | None = None, **given: A
         try:
             code = commandline.exit_code(body)
         except Exception:
-            if distributed.started() is not None or compilation.under_way():
+            if distributed.started() is not None or aside.under_way():
                 traceback.print_exc()
                 distributed.leave(1)
-                compilation.leave(1)
+                aside.leave(1)
             raise
         if code:
             distributed.leave(code)
-            compilation.leave(code)
+            aside.leave(code)
         else:
             distributed.finish()
         return code

@@ -11,7 +11,7 @@ import grain  # noqa: E402, F401
 import jax  # noqa: E402 (after the flags it reads)
 import pytest  # noqa: E402
 
-from t5x_lite import compilation  # noqa: E402
+from t5x_lite import aside  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -19,4 +19,4 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled_for_a_test_before():
     yield
-    compilation.wait()
+    aside.wait()

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from t5x_lite import compilation, trees, types
+from t5x_lite import aside, trees, types
 from t5x_lite.data.pipeline import Batches, iterate
 from t5x_lite.decode.asking import asking_of
 from t5x_lite.models import flops
@@ -126,7 +126,7 @@ def train(
         if start < total_steps:
             # Needs shapes alone, so parameters and their evaluation come meanwhile.
             first = _put(session, batches, batches.batch(start, _rows(session, batches)))
-            compiling = compilation.aside(
+            compiling = aside.start(
                 compile_step,
                 *(session, transformation, loss, microbatches, seed),
                 *(state_shapes, session.split_shapes[1], first),
