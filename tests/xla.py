@@ -27,7 +27,8 @@ def _known(flag: str) -> bool:
     (folder,) = spec.submodule_search_locations or ()
     largest = max(Path(folder).glob("*.so"), key=lambda path: path.stat().st_size)
     with largest.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        return text.find(flag.lstrip("-").split("=")[0].encode()) >= 0
+        # A string of its own: names of flags that are gone stand in lists of reserved ones.
+        return text.find(b"\0" + flag.lstrip("-").split("=")[0].encode() + b"\0") >= 0
 
 
 QUICK = tuple(flag for flag in _QUICK if _known(flag))
