@@ -5,9 +5,9 @@ Run by `peers.py --t5x=FOLDER`. Reads one JSON object a line, as `peers_ours.py`
 trainer computes (`models.EncoderDecoderModel.loss_fn`, differentiated) is in three files that need
 JAX and Flax alone. The optimizer is optax's AdamW, as on every side, in the place of its own.
 
-Its examples are two: `t5`, which the models' gin files take, with a program for each layer and
-nothing recomputed, and `scalable_t5`, which scans over layers and here recomputes by its "minimal"
-policy, all but products.
+Its examples are two: `t5`, which the models' gin files take, with its layers
+unrolled and nothing recomputed, and `scalable_t5`, which scans over them and here recomputes all
+but products, its "minimal" policy. Each layer of the latter has a table of positions of its own.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def make(asked: dict[str, Any]) -> tuple[Callable[[], Any], int]:
     )
     model = network.Transformer(config)
     batch = {name: jnp.asarray(value) for name, value in peers_ours.batch(asked).items()}
-    # It is told of no segments, as our side is: whole rows need none, and its masks are fewer.
+    # Ours is told of segments. Whole rows need none, and without them T5X makes fewer masks.
     inputs = [batch[f"{name}_tokens"] for name in ("encoder_input", "decoder_input")]
     targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
     params = jax.jit(lambda key: model.init(key, *inputs, targets, enable_dropout=False))(

@@ -30,7 +30,7 @@ def merge_adapter(
     adapter: str,
     output: str,
     to: str = "hf",
-    weights: tuple[float, ...] = (),
+    weights: tuple[float, ...] | float = (),
     method: Method = Linear(),
     step: int | None = None,
     tokenizer: str | None = None,
