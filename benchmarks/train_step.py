@@ -158,7 +158,7 @@ class Training:
         )
         self.batch = session.partitioner.put_batch(batch, len(next(iter(batch.values()))))
         self.compiled, self.compile_seconds = compile_step(
-            session, made, loss, 1, 0, self.state, self.frozen, self.batch
+            session, optimizer, loss, 1, 0, self.state, self.frozen, self.batch
         )
         self.timed = Timed(self.step)
 

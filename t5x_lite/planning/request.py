@@ -235,7 +235,7 @@ class Request:
         trained, frozen = session.split_shapes
         if self.step == "train":
             return compile_step(
-                session, session.optimizer(self.optimizer), self.loss, self.microbatches,
+                session, self.optimizer, self.loss, self.microbatches,
                 self.seed, state, frozen, batch, self.options,
             )  # fmt: skip
         function: Callable[..., Any] = functools.partial(

@@ -128,7 +128,7 @@ def train(
             first = _put(session, batches, batches.batch(start, _rows(session, batches)))
             compiling = aside.start(
                 compile_step,
-                *(session, transformation, loss, microbatches, seed),
+                *(session, optimizer, loss, microbatches, seed),
                 *(state_shapes, session.split_shapes[1], first),
             )
         if resumed is not None:
@@ -172,7 +172,6 @@ def train(
             f"{partitioner.mesh.size} {jax.devices()[0].platform} device(s)"
             f"{f' in {slices} slices' if slices > 1 else ''}; compiling ..."
         )
-        rate_of = schedules.compiled(optimizer.learning_rate)
         timing = _Timing(model, transform, first, partitioner, peak_flops_per_device)
         evaluator = Evaluator(session, evaluations)
         measured: dict[str, float] = {}
@@ -194,7 +193,7 @@ def train(
             values = jax.device_get(metrics)
             timing.add(float(values["tokens"]))
             if done % log_period == 0 or done == total_steps:
-                log[0].write(done, _per_token(values, rate_of))
+                log[0].write(done, _per_token(values))
                 log[1].write(done, timing.take())
 
         if start == 0:
@@ -250,7 +249,7 @@ def _put(session: Session, batches: Batches, batch: types.Batch) -> dict[str, ja
 
 def compile_step(
     session: Session,
-    transformation: Any,
+    optimizer: Optimizer,
     loss: steps.Loss,
     microbatches: int,
     seed: int,
@@ -261,20 +260,30 @@ def compile_step(
 ) -> tuple[Callable[..., Any], float]:
     """The run's one compiled step, and the seconds it took; it takes batches of one shape.
 
-    State, frozen parameters and batch may be shape structs; `options` are the compiler's.
+    State, frozen parameters and batch may be shape structs; `options` are the compiler's. The
+    metrics have the step's `learning_rate` with them: a program of its own for it would wait for
+    the step that is under way, and the loop with it.
     """
     began = time.monotonic()
-    step = functools.partial(
+    of_batch = functools.partial(
         steps.train_step,
         model=session.model,
         transform=session.transform,
-        optimizer=transformation,
+        optimizer=session.optimizer(optimizer),
         loss=loss,
         microbatches=microbatches,
         seed=seed,
     )
+
+    def train_step(
+        state: steps.TrainState, frozen: Params, batch: types.Batch
+    ) -> tuple[steps.TrainState, steps.Sums]:
+        after, metrics = of_batch(state, frozen, batch)
+        rate = schedules.learning_rate_at(optimizer.learning_rate, state.step)
+        return after, {**metrics, "learning_rate": rate}
+
     jitted = jax.jit(
-        step,
+        train_step,
         donate_argnums=0,
         out_shardings=(shardings(state), session.partitioner.replicated),
     )
@@ -283,14 +292,14 @@ def compile_step(
     return compiled, time.monotonic() - began
 
 
-def _per_token(values: dict[str, Any], rate_of: Callable[[int], float]) -> dict[str, float]:
+def _per_token(values: dict[str, Any]) -> dict[str, float]:
     """Means from sums: the loss by its denominator, the rest by its weight."""
-    step, weight = int(values["step"]), max(float(values["weight"]), 1e-9)
+    weight = max(float(values["weight"]), 1e-9)
     return {
         "loss": float(values["loss"]) / max(float(values["denominator"]), 1e-9),
         **{name: float(values[name]) / weight for name in MEANS if name in values},
         "gradient_norm": float(values["gradient_norm"]),
-        "learning_rate": rate_of(step),
+        "learning_rate": float(values["learning_rate"]),
     }
 
 

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from t5x_lite.types import Array, InputError
 
@@ -131,16 +129,6 @@ _FACTORS: dict[str, tuple[tuple[str, ...], Callable[[FactorSchedule, Array], Any
     "cosine_decay": (("total_steps",), _cosine),
     "decay_every": (("decay_factor", "steps_per_decay"), _steps),
 }
-
-
-def compiled(learning_rate: Schedule | float) -> Callable[[int], float]:
-    """The learning rate of a step, for records: one program, made now, and none a step."""
-    if not callable(learning_rate):
-        rate = float(learning_rate)
-        return lambda step: rate
-    jitted = jax.jit(lambda step: learning_rate_at(learning_rate, step))
-    program = jitted.lower(jax.ShapeDtypeStruct((), "int32")).compile()
-    return lambda step: float(program(np.int32(step)))
 
 
 def learning_rate_at(learning_rate: Schedule | float, step: Array) -> Array:

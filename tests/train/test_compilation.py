@@ -10,7 +10,10 @@ import pytest
 
 from t5x_lite.train import loop
 from t5x_lite.train.evaluate import Evaluator
+from t5x_lite.train.optim import AdamW
+from t5x_lite.train.schedules import FactorSchedule
 from t5x_lite.train.session import Session
+from t5x_lite.train.writers import read_jsonl
 from t5x_lite.types import InputError
 from tests.train import harness
 
@@ -49,6 +52,19 @@ def test_a_run_compiles_its_step_once_and_nothing_between_steps(tmp_path, monkey
         loop.train(**run | {"total_steps": harness.TOTAL_STEPS + 4})
     assert names.count("jit(train_step)") == 1
     assert names[names.index(FIRST_BATCH) + 1 :] == ["jit(score)"]
+
+
+def test_records_have_their_steps_learning_rate_and_no_program_of_their_own(tmp_path):
+    schedule = FactorSchedule("constant * linear_warmup", base_learning_rate=0.3, warmup_steps=7)
+    made = {"optimizer": AdamW(schedule), "evaluations": [], "log_period": 1}
+    with compiled() as names:
+        loop.train(**harness.tiny_run(tmp_path / "run", tmp_path) | made)
+    assert set(names) == {"jit(init)", "jit(train_step)"}
+    records = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert [record["step"] for record in records] == [*range(1, harness.TOTAL_STEPS + 1)]
+    assert [record["learning_rate"] for record in records] == pytest.approx(
+        [float(schedule(record["step"] - 1)) for record in records], rel=1e-6
+    )
 
 
 def test_the_step_is_compiled_while_parameters_are_made_and_evaluated(tmp_path, monkeypatch):
