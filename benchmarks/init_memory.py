@@ -3,8 +3,9 @@
     python benchmarks/init_memory.py                       # 1.0B parameters: 12 GB with AdamW's
     python benchmarks/init_memory.py --size=small          # 0.1B
 
-Each in a process of its own, whose peak resident memory is all of it: Python, libraries, buffers.
-What it is compared with is the bytes of parameters and optimizer state. Linux alone says how much.
+Each in a process of its own, whose peak resident memory is all of it: Python, libraries, buffers,
+and the compiler, for the step is compiled meanwhile, as in a run. What it is compared with is the
+bytes of parameters and optimizer state. Linux alone says how much.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DEVICES = 8
 
 _SIZE = flags.DEFINE_enum("size", "1b", sorted(SIZES), "The model.")
 _FOLDER = flags.DEFINE_string("folder", None, "Where the checkpoint goes, for a while; None: /tmp.")
-_WORK = flags.DEFINE_enum("work", None, ["imports", "save", "restore"], "One process's part.")
+_WORK = flags.DEFINE_enum("work", None, ["save", "restore"], "One process's part.")
 
 
 def work(what: str, size: str, folder: str) -> None:
@@ -39,13 +40,16 @@ def work(what: str, size: str, folder: str) -> None:
     import resource
 
     import jax
+    import numpy as np
 
-    from t5x_lite import trees
+    from t5x_lite import aside, trees, types
     from t5x_lite.models.config import ModelConfig, StackConfig
     from t5x_lite.sharding import Partitioner
     from t5x_lite.train import optim
     from t5x_lite.train.checkpoint import Checkpointer
+    from t5x_lite.train.loop import compile_step
     from t5x_lite.train.session import Session
+    from t5x_lite.train.step import Loss
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells the world at INFO
     found: dict[str, float] = {}
@@ -60,14 +64,26 @@ def work(what: str, size: str, folder: str) -> None:
     stack = StackConfig(num_layers=layers, num_heads=width // head, head_dim=head, mlp_dim=inner)
     config = ModelConfig(vocab_size=32128, embed_dim=width, decoder=stack)
     session = Session(config, partitioner=Partitioner(data=1, fsdp=DEVICES))
-    optimizer = session.optimizer(optim.AdamW(1e-4))
+    adamw = optim.AdamW(1e-4)
+    optimizer = session.optimizer(adamw)
     shapes = session.state_shapes(optimizer)
+    tokens = np.ones((DEVICES, 128), np.int32)
+    batch = {
+        types.DECODER_INPUT_TOKENS: tokens,
+        types.DECODER_TARGET_TOKENS: tokens,
+        types.DECODER_LOSS_WEIGHTS: tokens.astype(np.float32),
+        types.DECODER_SEGMENT_IDS: tokens,
+    }
     found["bytes"] = trees.nbytes((shapes.params, shapes.opt_state))
     found["parameters"] = trees.count(shapes.params)
     note("imports")
+    first = session.partitioner.put_batch(batch, DEVICES)
+    rest = shapes, session.split_shapes[1], first
+    compiling = aside.start(compile_step, session, adamw, Loss(), 1, 0, *rest)
     if what == "save":
         params = jax.block_until_ready(session.split(session.init_base())[0])
         state = params, jax.block_until_ready(session.init_opt_state(optimizer, params))
+        compiling.result()
         note("initialise")
         checkpointer = Checkpointer(folder, shapes=shapes)
         checkpointer.save(1, *state, {})
@@ -78,6 +94,7 @@ def work(what: str, size: str, folder: str) -> None:
         checkpointer = Checkpointer(folder)
         jax.block_until_ready(checkpointer.restore(1, shapes.params, shapes.opt_state))
         checkpointer.close()
+        compiling.result()
         note("restore")
     print(json.dumps(found))
 
