@@ -23,7 +23,7 @@ from t5x_lite import devices, trees
 from t5x_lite.types import Array, Batch, InputError, Params
 
 MESH_AXES = ("data", "fsdp", "model")
-OFFLOADED: Final = ("optimizer",)  # what can be
+OFFLOADED: Final = ("optimizer", "frozen")  # what can be
 AxisRule = str | tuple[str, ...] | None
 Names = Sequence[str | None]
 
@@ -62,7 +62,8 @@ class Partitioner:
     model: int = 1  # heads, MLP and vocabulary split
     num_slices: int = -1  # -1: those that the devices say they are in, or else one; see `by_slice`
     rules: Sequence[tuple[str, AxisRule]] = DEFAULT_RULES
-    # What the devices' hosts hold between its uses: "optimizer", the optimizer's state.
+    # What the devices' hosts hold between its uses: "optimizer", the optimizer's state; "frozen",
+    # the parameters that a transform freezes.
     offload: Sequence[str] = ()
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t5x_lite.devices import fetched
 from t5x_lite.kernels.plain import ATTENDED, ByDistance, Visibility
 from t5x_lite.models import cache as kv_cache
 from t5x_lite.models import layers, weights
@@ -256,7 +257,7 @@ class Stack(nn.Module):
         shared = visibility, memory_visibility, bias, angles
         own = self.variables.get("params", {}).get("layers", {})
         if cache is not None or _FIRST in own:
-            written = []
+            own, written = fetched(own), []
             for i in range(config.num_layers):
                 params = own[str(i)] if _FIRST in own else jax.tree.map(lambda p, i=i: p[i], own)
                 before = None if cache is None else cache.layers[i]

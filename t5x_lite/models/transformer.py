@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import types
+from t5x_lite.devices import fetched
 from t5x_lite.kernels.plain import Visibility
 from t5x_lite.models import cache as kv_cache
 from t5x_lite.models import config_heads, heads, layers
@@ -256,7 +257,7 @@ def head_parameters(config: ModelConfig, params: Params) -> Params:
     """The part of the parameters that an LMHead reads."""
     assert isinstance(config.head, config_heads.LMHead)
     names = ("lm_head", "token_embedding") if config.head.tied else ("lm_head",)
-    return {name: params[name] for name in names if name in params}
+    return fetched({name: params[name] for name in names if name in params})
 
 
 def for_decoding(params: Params) -> Params:
@@ -264,7 +265,7 @@ def for_decoding(params: Params) -> Params:
 
     Do this once before the loop: `prefill` and `extend` take both forms.
     """
-    return {**params, "decoder": apart(params["decoder"])}
+    return {**params, "decoder": apart(fetched(params["decoder"]))}
 
 
 def _require(batch: Batch, key: str) -> Array:

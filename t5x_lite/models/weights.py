@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t5x_lite.devices import fetched
 from t5x_lite.types import Array, InputError
 
 # Rematerialisation policies know what a weight was multiplied to by this name.
@@ -79,8 +80,8 @@ def parameter(
         if isinstance(found, StructuredWeight):
             where = "/".join((*module.path, name))
             assert found.shape == tuple(shape), (where, found.shape, shape)
-            return found
-    return module.param(name, init, shape, dtype)
+            return fetched(found)
+    return fetched(module.param(name, init, shape, dtype))
 
 
 def dense(weight: Array | StructuredWeight) -> Array:

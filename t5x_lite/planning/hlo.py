@@ -27,6 +27,7 @@ COLLECTIVES: Final = (
 )
 TO_HOST: Final = "to the host"
 FROM_HOST: Final = "from the host"
+SLICE_START: Final = "dynamic-slice-start"
 REDUCTIONS: Final = ("all-reduce", "reduce-scatter")
 BETWEEN_SLICES: Final = " between slices"  # behind a collective's kind
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -67,8 +68,11 @@ class Instruction:
 
     @property
     def copies_host(self) -> bool:
-        """Whether it starts a copy between HBM and the host's memory: `(to, from, ...)`."""
-        if self.opcode != "copy-start":
+        """Whether it starts a copy between HBM and the host's memory.
+
+        Of an array, `(to, from, ...)`, or of a layer out of a stack, `((from, ...), to, ...)`.
+        """
+        if self.opcode not in ("copy-start", SLICE_START):
             return False
         return sum(map(on_host, parts(self.shape)[:2])) == 1
 

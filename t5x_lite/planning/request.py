@@ -203,8 +203,11 @@ class Request:
                 "optimizer state": 0 if state is None else _local(state.opt_state),
                 "batch": _local(batch),
             }
-            offloaded = 0 if state is None else _local(state.opt_state, host=True)
-            host = {"optimizer state": offloaded} if offloaded else {}
+            away = {
+                "frozen parameters": _local(frozen, host=True),
+                "optimizer state": 0 if state is None else _local(state.opt_state, host=True),
+            }
+            host = {kind: held for kind, held in away.items() if held}
             if (held := sum(memory.values())) > self.slice.chip.hbm_bytes:
                 raise DoesNotFit(
                     f"{self.slice}: what a chip holds before it computes takes "

@@ -18,6 +18,7 @@ from t5x_lite.planning.hlo import (
     BETWEEN_SLICES,
     COLLECTIVES,
     FROM_HOST,
+    SLICE_START,
     TO_HOST,
     Instruction,
     Program,
@@ -205,7 +206,7 @@ def _sent(line: Instruction, machine: Machine) -> Traffic:
     """What each chip sends in a collective within a slice, or to or from its host, and how long."""
     kind = line.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
-        copied = parts(line.shape)[0]
+        copied = parts(line.shape)[line.opcode == SLICE_START]
         kind, size = TO_HOST if on_host(copied) else FROM_HOST, nbytes(copied)
         return Traffic(kind, 1, size, size / machine.host_bandwidth)
     group = line.group or machine.chips

@@ -262,8 +262,10 @@ def _check_same(source: RunCheckpoint, config: ModelConfig) -> None:
 def load(
     source: RunCheckpoint, partitioner: Partitioner, config: ModelConfig | None = None
 ) -> tuple[Session, Params, Params]:
-    """A run's `(session, trainable, frozen)`; its base is loaded in turn."""
+    """A run's `(session, trainable, frozen)`, all on the devices; its base is loaded in turn."""
     run = Run.read(source.model_dir)
+    if partitioner.offload:
+        partitioner = dataclasses.replace(partitioner, offload=())
     session = Session(config or run.model, run.transform, partitioner, run.seed)
     trainable = load_trainable(source, session)
     return session, trainable, load_frozen(run, session)

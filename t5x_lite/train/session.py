@@ -17,6 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_lite import trees
+from t5x_lite.devices import HOST
 from t5x_lite.models import prompted, transformer
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.stack import prefix_length
@@ -61,10 +62,17 @@ class Session:
     def split_shapes(self) -> tuple[Params, Params]:
         """The trainable and the frozen parameters as shape structs with shardings."""
         shapes = jax.eval_shape(self._split, self.base_shapes)
-        return tuple(
+        trainable, frozen = (
             _with_shardings(shape, self.partitioner.tree_shardings(shape, names))
             for shape, names in zip(shapes, self.split_names, strict=True)
         )
+
+        def place(x: jax.ShapeDtypeStruct) -> NamedSharding:
+            if not x.shape:
+                return x.sharding
+            return self.partitioner.between_uses("frozen", x.sharding.spec)
+
+        return trainable, _with_shardings(frozen, jax.tree.map(place, frozen))
 
     @functools.cached_property
     def adapted(self) -> Params:
@@ -114,12 +122,16 @@ class Session:
         return jax.jit(init, out_shardings=out)(self._seed)
 
     def split(self, base: Params) -> tuple[Params, Params]:
-        """`(trainable, frozen)`; frozen arrays that stay as they are are the base's own."""
+        """`(trainable, frozen)`; frozen arrays that stay as they are, there, are the base's own."""
         if isinstance(self.transform, Full):
             return base, {}
         trainable_shapes, frozen_shapes = self.split_shapes
         kept = self._kept_paths
-        made = {p: s for p, s in trees.flatten(frozen_shapes).items() if p not in kept}
+        made = {
+            path: x
+            for path, x in trees.flatten(frozen_shapes).items()
+            if path not in kept or x.sharding.memory_kind == HOST
+        }
 
         def parts(base: Params) -> tuple[Params, dict[str, jax.Array]]:
             trainable, frozen = self._split(base)

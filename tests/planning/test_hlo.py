@@ -187,6 +187,23 @@ def test_copies_of_the_hosts_memory_take_pcie():
     assert set(times.traffic) == {hlo.FROM_HOST, hlo.TO_HOST}  # the chip's own memory is no host
 
 
+def test_a_layer_comes_out_of_a_stack_on_the_host():
+    """A fourth of what all of the stack would be, by the same way."""
+    line = next(line for line in OFFLOADED.splitlines() if "copy-start(%x)" in line)
+    start = (
+        "  %dynamic-slice-start.1 = ((f32[4,250]{1,0:T(4,128)S(5)}, s32[], s32[]), "
+        "f32[1,250]{1,0:T(1,128)}, u32[]{:S(2)}) dynamic-slice-start(%x, %i, %i)"
+    )
+    text = OFFLOADED.replace(line, start).replace(
+        "copy-done(%copy-start.1)", "dynamic-slice-done(%dynamic-slice-start.1)"
+    )
+    slow = dataclasses.replace(machine(hbm=1e12), host_bandwidth=1e5)
+    times = timing.estimate(hlo.Program.parse(text), slow)
+    traffic = times.traffic[hlo.FROM_HOST]
+    assert (traffic.count, traffic.sent) == (1, 1000)
+    assert times.by_source["waiting: fetch"] == pytest.approx(1e-2 - 3e-3, rel=1e-2)
+
+
 def test_both_ways_of_pcie_are_used_at_once():
     """What is put back doesn't wait for what is being fetched, nor that for collectives."""
     fetch = next(line for line in OFFLOADED.splitlines() if "copy-start(%x)" in line)

@@ -1,18 +1,31 @@
-"""Optimizer state in hosts' memory: placed there, brought for the step, saved and restored."""
+"""What hosts' memory holds: placed there, brought for computing, saved and restored."""
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from t5x_lite.decode import prompts
+from t5x_lite.decode.generate import generate
+from t5x_lite.decode.sampling import Greedy
 from t5x_lite.devices import HOST, check_host_memory
+from t5x_lite.peft.compose import Compose
+from t5x_lite.peft.lora import DoRA, LoRA
+from t5x_lite.peft.prefix import PrefixTuning
+from t5x_lite.peft.quantise import Quantise
+from t5x_lite.peft.transform import Freeze
 from t5x_lite.sharding import Partitioner
+from t5x_lite.train import loop
 from t5x_lite.train.checkpoint import Checkpointer
 from t5x_lite.train.optim import AdamW
+from t5x_lite.train.run import RunCheckpoint
 from t5x_lite.train.session import Session
+from t5x_lite.train.step import Loss, eval_step
+from t5x_lite.train.writers import read_jsonl
 from t5x_lite.types import InputError
 from tests import common
 from tests.train import harness
@@ -47,6 +60,80 @@ def test_a_step_is_the_same_and_its_state_stays_away(tmp_path):
     checkpointer.close()
     assert kinds(opt_state) == {HOST}
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((params, opt_state)), found[1])
+
+
+TRANSFORMS = {
+    "lora": LoRA(rank=2),
+    "dora": DoRA(rank=2),
+    "pissa": LoRA(rank=2, init="pissa"),
+    "quantised": Compose((LoRA(rank=2), Quantise(block=8))),
+    "prefix": PrefixTuning(length=2),
+    "top": Freeze(trainable=(".*final_norm.*",)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_frozen_base_stays_away_and_all_is_the_same(transform):
+    """Steps, an evaluation and what is generated; the chunked loss reads the head by itself."""
+    batch = harness.uneven_batch(harness.MODEL, rows=8)
+    found = []
+    for offload in ((), ("frozen",)):
+        partitioner = Partitioner(data=2, fsdp=2, model=2, offload=offload)
+        session = Session(harness.MODEL, transform, partitioner)
+        made = session.optimizer(AdamW(0.01))
+        state, frozen = harness.start(session, made, common.host_params(harness.MODEL))
+        assert (kinds(frozen) == {HOST}) == bool(offload)
+        assert HOST not in kinds(state.params)
+        placed = partitioner.put_batch(batch, 8)
+        loss = Loss(logits_bytes=8192)
+        step = harness.compile_step(session, made, state, frozen, placed, loss=loss)
+        for _ in range(2):
+            state, metrics = step(state, frozen, placed)
+        apply = functools.partial(eval_step, model=session.model, transform=transform)
+
+        def generated(params, frozen, batch, session=session):
+            return generate(
+                session.model,
+                session.transform.apply(params, frozen),
+                prompts.of_batch(batch),
+                strategy=Greedy(),
+                max_tokens=3,
+                eos_id=1,
+                pad_id=0,
+                start_id=0,
+                rng=jax.random.key(0),
+            )
+
+        with partitioner.activate():
+            held = jax.jit(apply)(state.params, frozen, placed)
+            tokens = jax.jit(generated)(state.params, frozen, placed)
+        found.append(jax.device_get((state.params, metrics, held, tokens)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *found)
+
+
+def test_a_run_beside_an_offloaded_base_goes_on(tmp_path):
+    """From another run's checkpoint, stopped and resumed: as one that held it on the device."""
+    loop.train(**harness.tiny_run(tmp_path / "base", tmp_path, total_steps=1, evaluations=[]))
+    records = []
+    for offload in ((), ("frozen",)):
+        folder = tmp_path / f"run{len(offload)}"
+        for steps in (3, 5):
+            partitioner = Partitioner(data=2, fsdp=4, offload=offload)
+            loop.train(
+                **harness.tiny_run(
+                    folder,
+                    tmp_path,
+                    transform=LoRA(rank=2),
+                    initial=RunCheckpoint(str(tmp_path / "base")),
+                    partitioner=partitioner,
+                    microbatches=1,
+                    total_steps=steps,
+                )
+            )
+        records.append(list(read_jsonl(folder / "metrics.jsonl")))
+    assert len(records[0]) == len(records[1]) > 4
+    for one, other in zip(*records, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
 
 
 def test_what_cannot_be_offloaded_says_so():
