@@ -12,7 +12,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import jax
@@ -63,7 +63,7 @@ class Partitioner:
     num_slices: int = -1  # -1: those that the devices say they are in, or else one; see `by_slice`
     rules: Sequence[tuple[str, AxisRule]] = DEFAULT_RULES
     # What the devices' hosts hold between its uses: "optimizer", the optimizer's state; "frozen",
-    # the parameters that a transform freezes.
+    # the kernels and embeddings that a transform freezes.
     offload: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -202,6 +202,14 @@ class Partitioner:
             return NamedSharding(self.mesh, spec)
         devices.check_host_memory(self.mesh.devices.flat[0])
         return NamedSharding(self.mesh, spec, memory_kind=devices.HOST)
+
+    def at_hand(self) -> Partitioner:
+        """The same mesh with nothing offloaded: for weights that are merged, asked or served."""
+        if not self.offload:
+            return self
+        found = replace(self, offload=())
+        found.__dict__["mesh"] = self.mesh
+        return found
 
     @property
     def batch_sharding(self) -> NamedSharding:

@@ -265,7 +265,8 @@ def for_decoding(params: Params) -> Params:
 
     Do this once before the loop: `prefill` and `extend` take both forms.
     """
-    return {**params, "decoder": apart(fetched(params["decoder"]))}
+    own = {name: part if name == "encoder" else fetched(part) for name, part in params.items()}
+    return {**own, "decoder": apart(own["decoder"])}
 
 
 def _require(batch: Batch, key: str) -> Array:

@@ -161,7 +161,7 @@ class Base:
         held = set(os.listdir(path)) if os.path.isdir(path) else set()
         if runs.FILE not in held and held & {FILE, PEFT}:
             raise InputError(f"'{path}' is an adapter: expected a whole model")
-        self.path, self.step, self.partitioner = path, step, partitioner
+        self.path, self.step, self.partitioner = path, step, partitioner.at_hand()
         self._is_hf = runs.RunCheckpoint(path).is_hf
         self._run = None if self._is_hf else runs.Run.read(path)
         self._read: tuple[Any, Params] = (None, None)

@@ -12,6 +12,7 @@ from rich.table import Table
 from t5x_lite import trees
 from t5x_lite.data import inspection
 from t5x_lite.data.pipeline import Batches
+from t5x_lite.devices import HOST
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.peft.transform import Full, Transform, flatten_names
 from t5x_lite.sharding import Partitioner, local_bytes
@@ -77,17 +78,18 @@ def inspect_params(
     table.add_column("path", no_wrap=True)
     for column in ("shape", "axes", "sharding"):
         table.add_column(column, overflow="fold")
-    for column in ("dtype", "numbers", "bytes a device", "copies"):
+    for column in ("dtype", "numbers", "bytes a device", "memory", "copies"):
         table.add_column(column, justify="right")
     table.add_column("trained")
-    sizes: dict[str, list[tuple[int, int, int]]] = {"yes": [], "no": []}
+    sizes: dict[str, list[tuple[int, int, int, int]]] = {"yes": [], "no": []}
     names = session.split_names
     for shapes, axes, trained in zip(session.split_shapes, names, sizes, strict=True):
         flat_axes = flatten_names(axes)
         for path, leaf in trees.flatten(shapes).items():
             count = math.prod(leaf.shape)
             local, whole = local_bytes(leaf), count * leaf.dtype.itemsize
-            sizes[trained].append((count, local, whole))
+            away = local if leaf.sharding.memory_kind == HOST else 0
+            sizes[trained].append((count, local, whole, away))
             table.add_row(
                 path,
                 str(leaf.shape),
@@ -96,15 +98,17 @@ def inspect_params(
                 str(leaf.dtype),
                 f"{count:,}",
                 f"{local:,}",
+                "host" if away else "device",
                 f"{devices * local // max(whole, 1):,}",
                 trained,
             )
     console.print(table)
     every = {"trained": sizes["yes"], "frozen": sizes["no"], "all": sizes["yes"] + sizes["no"]}
     for label, kept in every.items():
-        count, local, whole = (sum(size) for size in zip((0, 0, 0), *kept, strict=True))
+        count, local, whole, away = (sum(size) for size in zip((0, 0, 0, 0), *kept, strict=True))
         console.print(
-            f"{label:>8}: {count:,} numbers, {_mib(whole)}; {_mib(local)} on each device"
+            f"{label:>8}: {count:,} numbers, {_mib(whole)}; {_mib(local - away)} on each device"
+            + (f", {_mib(away)} for each on its host" if away else "")
             + (f", {_mib(devices * local - whole)} in further copies" if devices > 1 else "")
         )
     console.print(f"The model by itself has {trees.count(session.base_shapes):,} parameters")

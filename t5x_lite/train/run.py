@@ -264,8 +264,7 @@ def load(
 ) -> tuple[Session, Params, Params]:
     """A run's `(session, trainable, frozen)`, all on the devices; its base is loaded in turn."""
     run = Run.read(source.model_dir)
-    if partitioner.offload:
-        partitioner = dataclasses.replace(partitioner, offload=())
+    partitioner = partitioner.at_hand()
     session = Session(config or run.model, run.transform, partitioner, run.seed)
     trainable = load_trainable(source, session)
     return session, trainable, load_frozen(run, session)

@@ -26,7 +26,7 @@ from t5x_lite.peft.transform import Full, Transform
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import optim
 from t5x_lite.train.step import TrainState
-from t5x_lite.types import Params
+from t5x_lite.types import InputError, Params
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,29 @@ class Session:
             for shape, names in zip(shapes, self.split_names, strict=True)
         )
 
-        def place(x: jax.ShapeDtypeStruct) -> NamedSharding:
-            if not x.shape:
+        if "frozen" not in self.partitioner.offload:
+            return trainable, frozen
+        for stack in (self.config.encoder, self.config.decoder):
+            if stack is not None and stack.unroll > 1:
+                raise InputError(
+                    f"StackConfig.unroll={stack.unroll}: layers of a base that Partitioner.offload "
+                    "keeps on the hosts are fetched one at a time; leave unroll at 1"
+                )
+
+        # Of 8-bit numbers libtpu 0.0.42 copies all layers in each turn of the loop over them.
+        if coded := [path for path, x in trees.flatten(frozen).items() if x.dtype.itemsize == 1]:
+            raise InputError(
+                f"Partitioner.offload has 'frozen', and '{coded[0]}' is quantised: layers of "
+                "such weights can't be fetched one at a time; leave 'frozen' out"
+            )
+
+        def place(path: str, x: jax.ShapeDtypeStruct) -> NamedSharding:
+            # It can't fetch one row of two that share a word either: vectors stay where they are.
+            if len(x.shape) - ("layers" in path.split("/")) < 2:
                 return x.sharding
             return self.partitioner.between_uses("frozen", x.sharding.spec)
 
-        return trainable, _with_shardings(frozen, jax.tree.map(place, frozen))
+        return trainable, _with_shardings(frozen, trees.map_with_path(place, frozen))
 
     @functools.cached_property
     def adapted(self) -> Params:

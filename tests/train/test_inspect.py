@@ -39,9 +39,20 @@ def test_copies_are_counted():
     copies = jax.device_count() // 4
     wanted = ("mlp/wi_0/kernel", 2 * 32 * 64, 4), ("mlp_norm/scale", 2 * 32, 2)
     for path, count, parts in wanted:
-        numbers = row(text, f"encoder/layers/{path}")[4:8]
+        numbers = row(text, f"encoder/layers/{path}")[4:9]
         copied = str(copies * 4 // parts)
-        assert numbers == ["float32", f"{count:,}", f"{4 * count // parts:,}", copied]
+        assert numbers == ["float32", f"{count:,}", f"{4 * count // parts:,}", "device", copied]
+
+
+def test_what_hosts_hold_is_not_on_the_devices():
+    lora = LoRA(rank=2, targets=(".*/query/kernel",))
+    text = report(Partitioner(data=-1, offload=("frozen",)), transform=lora)
+    places = ("mlp/wi_0/kernel", "host"), ("mlp_norm/scale", "device"), ("query/kernel/a", "device")
+    for path, place in places:
+        assert row(text, path)[7] == place
+    trained, frozen, _ = (line for line in text.splitlines() if " numbers, " in line)
+    assert "on its host" not in trained
+    assert re.search(r"; 0\.0 MiB on each device, [\d.]+ MiB for each on its host", frozen)
 
 
 def test_totals_are_of_bytes():
