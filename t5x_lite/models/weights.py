@@ -70,7 +70,7 @@ def is_node(leaf: Any) -> bool:
 def parameter(
     module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...], dtype: Any
 ) -> Any:
-    """The module's parameter: `module.param`, which a `StructuredWeight` may stand for.
+    """The module's parameter, on the device: `module.param`, or a `StructuredWeight` for it.
 
     Linen compares the shapes of a parameter's leaves with what `init` makes; a node's own arrays
     may have any, and it says what it stands for.

@@ -66,16 +66,18 @@ class Session:
             _with_shardings(shape, self.partitioner.tree_shardings(shape, names))
             for shape, names in zip(shapes, self.split_names, strict=True)
         )
+        return trainable, self._held(frozen)
 
+    def _held(self, frozen: Params) -> Params:
+        """Frozen shapes where they are between uses. InputError: not layer by layer to be had."""
         if "frozen" not in self.partitioner.offload:
-            return trainable, frozen
+            return frozen
         for stack in (self.config.encoder, self.config.decoder):
             if stack is not None and stack.unroll > 1:
                 raise InputError(
                     f"StackConfig.unroll={stack.unroll}: layers of a base that Partitioner.offload "
                     "keeps on the hosts are fetched one at a time; leave unroll at 1"
                 )
-
         # Of 8-bit numbers libtpu 0.0.42 copies all layers in each turn of the loop over them.
         if coded := [path for path, x in trees.flatten(frozen).items() if x.dtype.itemsize == 1]:
             raise InputError(
@@ -89,7 +91,7 @@ class Session:
                 return x.sharding
             return self.partitioner.between_uses("frozen", x.sharding.spec)
 
-        return trainable, _with_shardings(frozen, trees.map_with_path(place, frozen))
+        return _with_shardings(frozen, trees.map_with_path(place, frozen))
 
     @functools.cached_property
     def adapted(self) -> Params:

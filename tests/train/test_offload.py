@@ -20,10 +20,10 @@ from t5x_lite.peft.prefix import PrefixTuning
 from t5x_lite.peft.quantise import Quantise
 from t5x_lite.peft.transform import Freeze
 from t5x_lite.sharding import Partitioner
-from t5x_lite.train import loop
+from t5x_lite.train import adapters, loop
 from t5x_lite.train.checkpoint import Checkpointer
 from t5x_lite.train.optim import AdamW
-from t5x_lite.train.run import RunCheckpoint
+from t5x_lite.train.run import RunCheckpoint, load
 from t5x_lite.train.session import Session
 from t5x_lite.train.step import Loss, eval_step
 from t5x_lite.train.writers import read_jsonl
@@ -131,6 +131,11 @@ def test_a_run_beside_an_offloaded_base_goes_on(tmp_path):
                 )
             )
         records.append(list(read_jsonl(folder / "metrics.jsonl")))
+        session, trainable, frozen = load(RunCheckpoint(str(folder)), partitioner)
+        assert HOST not in kinds(session.transform.merge(trainable, frozen))
+        assert adapters.Base(str(tmp_path / "base"), partitioner=partitioner).partitioner == (
+            dataclasses.replace(partitioner, offload=())
+        )
     assert len(records[0]) == len(records[1]) > 4
     for one, other in zip(*records, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
