@@ -20,7 +20,7 @@ PACKAGE = "t5x_lite"
 # A room may import its own rank and lower ones. `data` has rules of its own.
 RANK = {
     **dict.fromkeys(("types", "trees", "records", "devices", "lifeline"), 0),
-    **dict.fromkeys(("aside", "distributed", "sharding"), 1),
+    **dict.fromkeys(("aside", "compilation", "distributed", "sharding"), 1),
     "kernels": 2,
     "models": 3,
     "peft": 4,
@@ -28,7 +28,7 @@ RANK = {
     "evaluation": 6,
     "train": 7,
     **dict.fromkeys(("planning", "serving", "studies"), 8),
-    **dict.fromkeys(("bindings", "commandline", "compilation", "registry", "configure"), 9),
+    **dict.fromkeys(("bindings", "commandline", "registry", "configure"), 9),
     "scripts": 10,
 }
 DATA_IMPORTS = {"types", "data"}

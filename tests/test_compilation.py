@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -104,3 +105,28 @@ def test_the_folder_is_the_users(value, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
     expected = Path("~/.cache/t5x_lite/xla").expanduser()
     assert compilation.folder().parent == expected
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc's"
+)
+def test_what_was_freed_between_pieces_in_use_is_given_back():
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+
+    def resident():
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+    size = 100 * 2**10  # below what malloc maps by itself
+    pieces = [libc.malloc(size) for _ in range(2048)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, size)
+    for piece in pieces[::2]:
+        libc.free(piece)
+    before = resident()
+    compilation.give_back()
+    assert before - resident() > 800 * size
+    for piece in pieces[1::2]:
+        libc.free(piece)

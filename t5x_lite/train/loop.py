@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from t5x_lite import aside, trees, types
+from t5x_lite import aside, compilation, trees, types
 from t5x_lite.data.pipeline import Batches, iterate
 from t5x_lite.decode.asking import asking_of
 from t5x_lite.models import flops
@@ -289,6 +289,7 @@ def compile_step(
     )
     with session.partitioner.activate():
         compiled = jitted.lower(state, frozen, batch).compile(compiler_options=options)
+    compilation.give_back()
     return compiled, time.monotonic() - began
 
 
