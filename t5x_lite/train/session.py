@@ -72,6 +72,11 @@ class Session:
         """Frozen shapes where they are between uses. InputError: not layer by layer to be had."""
         if "frozen" not in self.partitioner.offload:
             return frozen
+        if not jax.tree.leaves(frozen):
+            raise InputError(
+                f"Partitioner.offload has 'frozen', and {self.transform} freezes nothing: leave "
+                "'frozen' out, or take a transform that freezes, such as LoRA"
+            )
         for stack in (self.config.encoder, self.config.decoder):
             if stack is not None and stack.unroll > 1:
                 raise InputError(

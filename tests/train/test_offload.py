@@ -18,7 +18,7 @@ from t5x_lite.peft.compose import Compose
 from t5x_lite.peft.lora import DoRA, LoRA
 from t5x_lite.peft.prefix import PrefixTuning
 from t5x_lite.peft.quantise import Quantise
-from t5x_lite.peft.transform import Freeze
+from t5x_lite.peft.transform import Freeze, Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import adapters, loop
 from t5x_lite.train.checkpoint import Checkpointer
@@ -157,6 +157,12 @@ def test_a_base_that_cannot_be_fetched_by_layers_says_so():
     model = dataclasses.replace(harness.MODEL, encoder=stack)
     with pytest.raises(InputError, match=r"StackConfig\.unroll=2"):
         _ = Session(model, LoRA(rank=2), partitioner).split_shapes
+
+
+def test_a_transform_that_freezes_nothing_has_no_base_to_offload():
+    partitioner = Partitioner(data=2, fsdp=4, offload=("frozen",))
+    with pytest.raises(InputError, match=r"'frozen', and Full\(\) freezes nothing"):
+        _ = Session(harness.MODEL, Full(), partitioner).split_shapes
 
 
 def test_what_cannot_be_offloaded_says_so():
