@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from t5x_lite.devices import fetched
 from t5x_lite.types import InputError, Params
 
 T = TypeVar("T")
@@ -124,6 +125,7 @@ def nbytes(tree: Params) -> int:
 
 @jax.jit
 def _checksum(x: Any) -> Any:
+    x = fetched(x)
     # Integer sums wrap, so the order of summation (that is, the mesh) does not matter.
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
@@ -146,7 +148,8 @@ def _mix(x: Any) -> Any:
 def fingerprint(tree: Params) -> str:
     """16 hex digits that change with any path, shape, dtype or bit of the tree's arrays.
 
-    Computed where the arrays live, without gathering them; the same on every mesh.
+    Computed where the arrays live, without gathering them (of those in hosts' memory, on the
+    devices, one after another); the same on every mesh.
     """
     digest = hashlib.sha256()
     for path, leaf in flatten(tree).items():

@@ -63,6 +63,7 @@ def load_hf(
     partitioner: Partitioner | None = None,
     dtype: str = "float32",
     param_dtype: str = "float32",
+    away: Mapping[str, Any] | None = None,
     architectures: Sequence[Architecture] = ARCHITECTURES,
 ) -> tuple[transformer.Transformer, Params]:
     """A model and its parameters from a directory that Hugging Face transformers wrote.
@@ -73,6 +74,7 @@ def load_hf(
       partitioner: places every leaf by its axes, as training does; None: on the first device.
       dtype: the model's compute dtype.
       param_dtype: of the parameters, whatever the file's.
+      away: shardings of leaves that go elsewhere than the partitioner says, by path.
       architectures: those that are known; `[*ARCHITECTURES, MINE]` adds one (docs/add_a_model.md).
 
     Returns:
@@ -99,6 +101,7 @@ def load_hf(
         shardings: Mapping[str, Any] = dict.fromkeys(sources, first)
     else:
         shardings = trees.flatten(partitioner.tree_shardings(structs, transformer.axes(model)))
+    shardings = {**shardings, **(away or {})}
     return model, trees.unflatten(
         {
             path: _place(struct, shardings[path], sources[path])

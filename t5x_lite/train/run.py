@@ -15,10 +15,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 from absl import logging
+from jax.sharding import Sharding
 
 from t5x_lite import trees
 from t5x_lite.data.vocabularies import (
@@ -169,29 +172,34 @@ class Run:
 
 
 def load_params(
-    source: RunCheckpoint, config: ModelConfig, partitioner: Partitioner, seed: int = 0
+    source: RunCheckpoint,
+    config: ModelConfig,
+    partitioner: Partitioner,
+    seed: int = 0,
+    away: Mapping[str, Sharding] | None = None,
 ) -> Params:
     """A model's parameters, merged, in the shapes and shardings of `config`'s base model.
 
     `config` may differ from the run's in what parameters do not depend on (dropout, dtype, remat),
-    and in what `source.restore` tells; fresh ones are drawn from `seed`. Raises InputError where
-    shapes differ, where there is no checkpoint, or where a tuned run's base is no longer what it
-    was tuned on.
+    and in what `source.restore` tells; fresh ones are drawn from `seed`. What has a sharding in
+    `away`, by path, is placed by that, and read to there unless it is merged or `source.restore`
+    moves it. Raises InputError where shapes differ, where there is no checkpoint, or where a tuned
+    run's base is no longer what it was tuned on.
     """
     if not source.restore:
         _check_same(source, config)
+    own, read = (None, None) if source.restore else (config, away)
     if source.is_hf:
-        found = load_hf(source.model_dir, partitioner=partitioner, param_dtype=config.param_dtype)[
-            1
-        ]
+        _, found = load_hf(
+            source.model_dir, partitioner=partitioner, param_dtype=config.param_dtype, away=read
+        )
     else:
-        own = None if source.restore else config
-        session, trainable, frozen = load(source, partitioner, own)
+        session, trainable, frozen = load(source, partitioner, own, read)
         found = session.transform.merge(trainable, frozen)
         if not source.restore:
             return found
     target = Session(config, partitioner=partitioner, seed=seed)
-    return initial.fill(target, found, source.restore, source.model_dir)
+    return initial.fill(target, found, source.restore, source.model_dir, away)
 
 
 def load_base(source: RunCheckpoint, session: Session) -> Params:
@@ -201,7 +209,7 @@ def load_base(source: RunCheckpoint, session: Session) -> Params:
     """
     config, partitioner = session.config, session.partitioner
     if not check_base(source, session):
-        return load_params(source, config, partitioner, session.seed)
+        return load_params(source, config, partitioner, session.seed, session.away)
     if not source.restore:
         _check_same(source, config)
     own = None if source.restore else config
@@ -260,22 +268,37 @@ def _check_same(source: RunCheckpoint, config: ModelConfig) -> None:
 
 
 def load(
-    source: RunCheckpoint, partitioner: Partitioner, config: ModelConfig | None = None
+    source: RunCheckpoint,
+    partitioner: Partitioner,
+    config: ModelConfig | None = None,
+    away: Mapping[str, Sharding] | None = None,
 ) -> tuple[Session, Params, Params]:
-    """A run's `(session, trainable, frozen)`, all on the devices; its base is loaded in turn."""
+    """A run's `(session, trainable, frozen)`; its base is loaded in turn.
+
+    All on the devices, but of a model that was trained whole what is `away`, by path.
+    """
     run = Run.read(source.model_dir)
     partitioner = partitioner.at_hand()
     session = Session(config or run.model, run.transform, partitioner, run.seed)
-    trainable = load_trainable(source, session)
+    whole = isinstance(run.transform, Full)
+    trainable = load_trainable(source, session, away if whole else None)
     return session, trainable, load_frozen(run, session)
 
 
-def load_trainable(source: RunCheckpoint, session: Session) -> Params:
-    """A checkpoint's trainable parameters, for a session of its run."""
+def load_trainable(
+    source: RunCheckpoint, session: Session, away: Mapping[str, Sharding] | None = None
+) -> Params:
+    """A checkpoint's trainable parameters, for a session of its run; see `load` for `away`."""
+    shapes = trees.map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=(away or {}).get(path, x.sharding)
+        ),
+        session.split_shapes[0],
+    )
     step = find_step(source.model_dir, source.step)
     checkpointer = Checkpointer(source.model_dir)
     try:
-        trainable = checkpointer.restore_params(step, session.split_shapes[0])
+        trainable = checkpointer.restore_params(step, shapes)
     finally:
         checkpointer.close()
     logging.info(

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_lite import trees
-from t5x_lite.devices import HOST
+from t5x_lite.devices import HOST, fetched
 from t5x_lite.models import prompted, transformer
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.stack import prefix_length
@@ -99,6 +99,13 @@ class Session:
         return _with_shardings(frozen, trees.map_with_path(place, frozen))
 
     @functools.cached_property
+    def away(self) -> dict[str, NamedSharding]:
+        """Shardings of the base's parameters that stay as they are and that hosts hold, by path."""
+        frozen = trees.flatten(self.split_shapes[1])
+        held = {path: frozen[path].sharding for path in self._kept_paths}
+        return {path: at for path, at in held.items() if at.memory_kind == HOST}
+
+    @functools.cached_property
     def adapted(self) -> Params:
         """What `model.apply` takes, with shape structs for arrays."""
         return jax.eval_shape(self.transform.apply, *self.split_shapes)
@@ -146,25 +153,29 @@ class Session:
         return jax.jit(init, out_shardings=out)(self._seed)
 
     def split(self, base: Params) -> tuple[Params, Params]:
-        """`(trainable, frozen)`; frozen arrays that stay as they are, there, are the base's own."""
+        """`(trainable, frozen)`; frozen arrays that stay as they are, there, are the base's own.
+
+        Those of the base that are `away` may be on the hosts already.
+        """
         if isinstance(self.transform, Full):
             return base, {}
         trainable_shapes, frozen_shapes = self.split_shapes
-        kept = self._kept_paths
+        found = trees.flatten(base)
         made = {
             path: x
             for path, x in trees.flatten(frozen_shapes).items()
-            if path not in kept or x.sharding.memory_kind == HOST
+            if path not in self._kept_paths
+            or (path in self.away and found[path].sharding.memory_kind != HOST)
         }
 
         def parts(base: Params) -> tuple[Params, dict[str, jax.Array]]:
-            trainable, frozen = self._split(base)
+            trainable, frozen = self._split(fetched(base))
             flat = trees.flatten(frozen)
             return trainable, {path: flat[path] for path in made}
 
         out = shardings(trainable_shapes), shardings(made)
         trainable, altered = jax.jit(parts, out_shardings=out)(base)
-        flat = {**trees.flatten(base), **altered}
+        flat = {**found, **altered}
         return trainable, trees.map_with_path(lambda path, _: flat[path], frozen_shapes)
 
     def fingerprint(self, base: Params) -> str | None:

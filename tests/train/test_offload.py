@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from t5x_lite import trees
 from t5x_lite.decode import prompts
 from t5x_lite.decode.generate import generate
 from t5x_lite.decode.sampling import Greedy
 from t5x_lite.devices import HOST, check_host_memory
+from t5x_lite.interop.hf import load_hf, read_hf_config
 from t5x_lite.peft.compose import Compose
 from t5x_lite.peft.lora import DoRA, LoRA
 from t5x_lite.peft.prefix import PrefixTuning
@@ -23,7 +26,7 @@ from t5x_lite.sharding import Partitioner
 from t5x_lite.train import adapters, loop
 from t5x_lite.train.checkpoint import Checkpointer
 from t5x_lite.train.optim import AdamW
-from t5x_lite.train.run import RunCheckpoint, load
+from t5x_lite.train.run import RunCheckpoint, load, load_base
 from t5x_lite.train.session import Session
 from t5x_lite.train.step import Loss, eval_step
 from t5x_lite.train.writers import read_jsonl
@@ -31,9 +34,17 @@ from t5x_lite.types import InputError
 from tests import common
 from tests.train import harness
 
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "hf"
+
 
 def kinds(tree):
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
+
+
+def away(tree):
+    """Paths of what hosts hold."""
+    flat = trees.flatten(tree)
+    return {path for path, leaf in flat.items() if leaf.sharding.memory_kind == HOST}
 
 
 def test_a_step_is_the_same_and_its_state_stays_away(tmp_path):
@@ -139,6 +150,39 @@ def test_a_run_beside_an_offloaded_base_goes_on(tmp_path):
     assert len(records[0]) == len(records[1]) > 4
     for one, other in zip(*records, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("source", ["run", "hf"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_an_offloaded_base_is_read_to_the_hosts_alone(source, transform, tmp_path):
+    """It need not fit into the devices' memory, whatever the transform makes of it."""
+    found = []
+    for offload in ((), ("frozen",)):
+        partitioner = Partitioner(data=2, fsdp=4, offload=offload)
+        if source == "hf":
+            held = RunCheckpoint(str(FIXTURES / "t5_1_1"))
+            session = Session(read_hf_config(held.model_dir), transform, partitioner)
+        else:
+            held = RunCheckpoint(str(tmp_path / "base"))
+            if not offload:
+                run = harness.tiny_run(held.model_dir, tmp_path, total_steps=1, evaluations=[])
+                loop.train(**run)
+            session = Session(harness.MODEL, transform, partitioner)
+        base = load_base(held, session)
+        on_hosts = away(base)
+        assert on_hosts == set(session.away)
+        assert bool(on_hosts) == bool(offload)
+        if source == "hf":
+            read = load_hf(held.model_dir, partitioner=partitioner, away=session.away)[1]
+            assert away(read) == on_hosts
+        flat = trees.flatten(base)
+        trainable, frozen = session.split(base)
+        assert all(trees.flatten(frozen)[path] is flat[path] for path in on_hosts)
+        assert kinds(frozen) == kinds(session.split_shapes[1])
+        found.append((session.fingerprint(base), jax.device_get((trainable, frozen))))
+    (one, parts), (other, same) = found
+    assert one == other
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), parts, same)
 
 
 def test_what_is_opened_merged_or_served_is_at_hand():
