@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from t5x_lite import trees
+from t5x_lite.data.pipeline import EvaluationBatches
 from t5x_lite.decode import prompts
 from t5x_lite.decode.generate import generate
 from t5x_lite.decode.sampling import Greedy
@@ -25,6 +26,7 @@ from t5x_lite.peft.transform import Freeze, Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import adapters, loop
 from t5x_lite.train.checkpoint import Checkpointer
+from t5x_lite.train.evaluate import Generate
 from t5x_lite.train.optim import AdamW
 from t5x_lite.train.run import RunCheckpoint, load, load_base
 from t5x_lite.train.session import Session
@@ -39,6 +41,11 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "hf"
 
 def kinds(tree):
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
+
+
+def agreement(targets, predictions):
+    """How many texts are as they should be."""
+    return {"same": float(sum(t == p for t, p in zip(targets, predictions, strict=True)))}
 
 
 def away(tree):
@@ -125,29 +132,33 @@ def test_a_frozen_base_stays_away_and_all_is_the_same(transform):
 def test_a_run_beside_an_offloaded_base_goes_on(tmp_path):
     """From another run's checkpoint, stopped and resumed: as one that held it on the device."""
     loop.train(**harness.tiny_run(tmp_path / "base", tmp_path, total_steps=1, evaluations=[]))
-    records = []
+    records, texts = [], []
     for offload in ((), ("frozen",)):
         folder = tmp_path / f"run{len(offload)}"
         for steps in (3, 5):
             partitioner = Partitioner(data=2, fsdp=4, offload=offload)
-            loop.train(
-                **harness.tiny_run(
-                    folder,
-                    tmp_path,
-                    transform=LoRA(rank=2),
-                    initial=RunCheckpoint(str(tmp_path / "base")),
-                    partitioner=partitioner,
-                    microbatches=1,
-                    total_steps=steps,
-                )
+            run = harness.tiny_run(
+                folder,
+                tmp_path,
+                transform=LoRA(rank=2),
+                initial=RunCheckpoint(str(tmp_path / "base")),
+                partitioner=partitioner,
+                microbatches=1,
+                total_steps=steps,
             )
+            task = dataclasses.replace(run["batches"].task, metrics=[agreement])
+            asked = EvaluationBatches(task, batch_size=8, limit=11)
+            run["evaluations"].append(Generate(name="texts", batches=asked, max_tokens=5))
+            loop.train(**run)
         records.append(list(read_jsonl(folder / "metrics.jsonl")))
+        texts.append((folder / "predictions" / "texts-5.jsonl").read_text())
         session, trainable, frozen = load(RunCheckpoint(str(folder)), partitioner)
         assert HOST not in kinds(session.transform.merge(trainable, frozen))
         assert adapters.Base(str(tmp_path / "base"), partitioner=partitioner).partitioner == (
             dataclasses.replace(partitioner, offload=())
         )
     assert len(records[0]) == len(records[1]) > 4
+    assert texts[0] == texts[1] != ""
     for one, other in zip(*records, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
 
