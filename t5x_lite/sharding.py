@@ -290,6 +290,18 @@ def constrain(x: Array, *names: str | None) -> Array:
     )
 
 
+def whole(x: Array, axis: int) -> Array:
+    """`x` with one axis whole on every device; the compiler says how the others are split."""
+    partitioner = _ACTIVE.get()
+    if partitioner is None or partitioner.mesh.size == 1:
+        return x
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    spec[axis] = None
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(partitioner.mesh, PartitionSpec(*spec))
+    )
+
+
 def on_shards(
     function: Callable[..., Array], inputs: Sequence[Names], output: Names
 ) -> Callable[..., Array]:
@@ -316,6 +328,12 @@ def platform() -> str:
         return jax.default_backend()
     found: str = partitioner.mesh.devices.flat[0].platform
     return found
+
+
+def mesh_size(axis: str) -> int:
+    """Devices along an axis of the mesh that programs are compiled for."""
+    partitioner = _ACTIVE.get()
+    return 1 if partitioner is None else int(partitioner.mesh.shape[axis])
 
 
 def local_size(names: Names, shape: Sequence[int]) -> int:

@@ -14,12 +14,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.models import weights
+from t5x_lite.peft import joined
 from t5x_lite.types import Array
 
 
 @flax.struct.dataclass
 class LowRank(weights.StructuredWeight):
     """`w + scale * a b` that is never formed: `x w + scale * (x a) b` (Hu et al. 2021, 4.1).
+
+    One product on TPUs; see `joined`.
 
     Forming the sum in the forward pass would cost as much as full fine-tuning: its gradient is of
     the weight's size.
@@ -39,6 +42,10 @@ class LowRank(weights.StructuredWeight):
         return self.w.shape
 
     def project(self, x: Array, in_axes: int) -> Array:
+        array = not isinstance(self.w, weights.StructuredWeight)
+        if array and self._keeps_all and joined.pays(x, in_axes):
+            parts: tuple[Array, ...] = (self.w, self.a, self._scaled(self.b))
+            return joined.project(in_axes, x, *(part.astype(x.dtype) for part in parts))
         update = weights.project(weights.project(self._dropped(x), self.a, in_axes), self.b)
         return weights.project(x, self.w, in_axes) + self._scaled(update)
 
@@ -56,8 +63,12 @@ class LowRank(weights.StructuredWeight):
     def _scaled(self, update: Array) -> Array:
         return update * jnp.asarray(self.scale, update.dtype)
 
+    @property
+    def _keeps_all(self) -> bool:
+        return self.key is None or self.dropout == 0.0
+
     def _dropped(self, x: Array) -> Array:
-        if self.key is None or self.dropout == 0.0:
+        if self._keeps_all:
             return x
         kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key), 1 - self.dropout, x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - self.dropout, x.dtype), 0)

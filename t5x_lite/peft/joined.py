@@ -1,0 +1,80 @@
+"""`x w + (x a) b` as one product of matrices, for TPUs.
+
+Multiplied apart, the second product reads and writes all of what the first has written, and takes
+as long as the first where the model is narrow: a TPU multiplies 128 numbers at a time, and a rank
+of 8 fills a sixteenth of that. With `x a` beside x and b under w, the sum is one product over
+inputs and rank, which XLA:TPU makes without writing either pair; the sum is one of float32, then,
+with nothing rounded on the way. Gradients with respect to x are joined alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from t5x_lite import sharding
+from t5x_lite.types import Array
+
+
+def pays(x: Array, in_axes: int) -> bool:
+    """Whether to join: on TPUs whose mesh leaves features whole, for more than a token a row.
+
+    Where features are split over `model`, x would have to be gathered to get `x a` beside it. A
+    product with single tokens, as decoding makes, takes as long as reading w, which would be
+    written anew first.
+    """
+    length = max(x.shape[: x.ndim - in_axes][-1:], default=1)
+    return sharding.platform() == "tpu" and sharding.mesh_size("model") == 1 and length > 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(in_axes: int, x: Array, w: Array, a: Array, b: Array) -> Array:
+    """`[..., *out]` of `x [..., *in]`, `w [*in, *out]`, `a [*in, rank]` and `b [rank, *out]`.
+
+    All of one dtype. The gradient with respect to w is left out of programs that don't ask for it.
+    """
+    return _forward(in_axes, x, w, a, b)[0]
+
+
+def _forward(
+    in_axes: int, x: Array, w: Array, a: Array, b: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    inputs, last = range(in_axes), range(x.ndim - in_axes, x.ndim)
+    low = _dot(x, a, last, inputs)
+    if in_axes == 1:
+        y = _dot(_beside(x, low), _together(w, b, 0), last, inputs)
+    else:
+        y = _dot(x, w, last, inputs) + _dot(low, b, (low.ndim - 1,), (0,))
+    return y, (x, low, w, a, b)
+
+
+def _backward(in_axes: int, kept: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
+    x, low, w, a, b = kept
+    out_axes = w.ndim - in_axes
+    lead, last = range(g.ndim - out_axes), range(g.ndim - out_axes, g.ndim)
+    outputs = range(in_axes, w.ndim)
+    low_g = _dot(g, b, last, range(1, b.ndim))
+    if out_axes == 1:
+        x_g = _dot(_beside(g, low_g), _together(w, a, in_axes), last, outputs)
+    else:
+        x_g = _dot(g, w, last, outputs) + _dot(low_g, a, (low_g.ndim - 1,), (in_axes,))
+    return x_g, _dot(x, g, lead, lead), _dot(x, low_g, lead, lead), _dot(low, g, lead, lead)
+
+
+project.defvjp(_forward, _backward)
+
+
+def _beside(x: Array, low: Array) -> Array:
+    return jnp.concatenate([x, low], axis=-1)
+
+
+def _together(w: Array, low: Array, axis: int) -> Array:
+    # Gathered first, as for any product with it: parts joined while split would have to move.
+    return jnp.concatenate([sharding.whole(part, axis) for part in (w, low)], axis=axis)
+
+
+def _dot(x: Array, y: Array, over_x: Sequence[int], over_y: Sequence[int]) -> Array:
+    return jax.lax.dot_general(x, y, ((tuple(over_x), tuple(over_y)), ((), ())))
