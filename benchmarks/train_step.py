@@ -31,7 +31,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from t5x_lite import trees, types
+from t5x_lite import compilation, trees, types
 from t5x_lite.models import flops
 from t5x_lite.models.config import REMAT_POLICIES, ModelConfig, StackConfig
 from t5x_lite.peft.transform import Full, Transform
@@ -160,6 +160,7 @@ class Training:
         self.compiled, self.compile_seconds = compile_step(
             session, optimizer, loss, 1, 0, self.state, self.frozen, self.batch
         )
+        compilation.give_back()  # as a run does
         self.timed = Timed(self.step)
 
     def step(self) -> Any:

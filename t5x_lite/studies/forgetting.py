@@ -145,8 +145,8 @@ def measure_base(
             record = json.load(file)
         if record["settings"] == shown:
             return record["scores"]
-    session = Session(recipe.model, partitioner=recipe.partitioner)
-    params = runs.load_params(base, recipe.model, recipe.partitioner)
+    session = Session(recipe.model, partitioner=recipe.partitioner.at_hand())
+    params = runs.load_params(base, recipe.model, session.partitioner)
     found = Evaluator(session, recipe.evaluations).run(params, {})
     if zero_shot is not None:
         asked = zero_shot.ask(open_model(base.model_dir, partitioner=recipe.partitioner))

@@ -83,6 +83,7 @@ def convert(
 
     Raises InputError, before anything is written, for what does not fit or can't be done.
     """
+    partitioner = partitioner.at_hand()
     kind = format_of(source)
     if to not in _TARGETS[kind]:
         can = "' or '".join(_TARGETS[kind])

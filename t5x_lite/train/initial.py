@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import jax
 from absl import logging
-from jax.sharding import Sharding
 
 from t5x_lite import trees
 from t5x_lite.models import weights
@@ -25,18 +24,12 @@ from t5x_lite.types import InputError, Params
 Rule: TypeAlias = tuple[str, str | None]  # (regex of our paths, template of theirs or None: fresh)
 
 
-def fill(
-    session: Session,
-    found: Params,
-    rules: Sequence[Rule],
-    where: str,
-    away: Mapping[str, Sharding] | None = None,
-) -> Params:
+def fill(session: Session, found: Params, rules: Sequence[Rule], where: str) -> Params:
     """The session's base parameters: `found` where the rules say so, fresh from its seed elsewhere.
 
-    What has a sharding in `away`, by path, is placed by that. Logs what is restored, what is fresh
-    and what of `found` is left out. Raises InputError for a rule that matches none of the model's
-    paths, and for parameters that `found`, from `where`, lacks or has in another shape.
+    Logs what is restored, what is fresh and what of `found` is left out. Raises InputError for a
+    rule that matches none of the model's paths, and for parameters that `found`, from `where`,
+    lacks or has in another shape.
     """
     shapes = trees.flatten(session.base_shapes)
     theirs = trees.flatten(found, is_leaf=weights.is_node)  # quantised weights stay so
@@ -66,22 +59,19 @@ def fill(
     for what, paths in (("fresh", fresh), ("left out", left_out)):
         logging.info("%s: %s", what, ", ".join(paths) or "nothing")
     drawn = session.init_some(fresh) if fresh else {}
-    at = {path: shape.sharding for path, shape in shapes.items()} | dict(away or {})
     return trees.unflatten(
         {
-            path: drawn[path]
-            if source is None
-            else _placed(theirs[source], shapes[path].dtype, at[path])
+            path: drawn[path] if source is None else _placed(theirs[source], shapes[path])
             for path, source in sources.items()
         }
     )
 
 
-def _placed(found: Any, dtype: Any, at: Sharding) -> Any:
+def _placed(found: Any, shape: Any) -> Any:
     """An array as the model has it; a node keeps the shards that it was restored in."""
     if weights.is_node(found):
         return found
-    return jax.device_put(found.astype(dtype), at)
+    return jax.device_put(found.astype(shape.dtype), shape.sharding)
 
 
 def find_sources(paths: Mapping[str, object], rules: Sequence[Rule]) -> dict[str, str | None]:

@@ -199,6 +199,7 @@ def train(
         if start == 0:
             measured = evaluate(0, state)
         compiled, seconds = compiling.result()
+        compilation.give_back()
         say(f"  compiled in {seconds:.1f} s")
         data = iterate(
             batches,
@@ -289,7 +290,6 @@ def compile_step(
     )
     with session.partitioner.activate():
         compiled = jitted.lower(state, frozen, batch).compile(compiler_options=options)
-    compilation.give_back()
     return compiled, time.monotonic() - began
 
 

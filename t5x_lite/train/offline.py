@@ -42,6 +42,7 @@ def evaluate_run(
     """
     if not evaluations:
         raise InputError("evaluate_run.evaluations is empty: name at least one evaluation")
+    partitioner = partitioner.at_hand()
     run = runs.Run.read(model_dir)
     for evaluation in evaluations:
         partitioner.check_batch_size(evaluation.batches.batch_size)

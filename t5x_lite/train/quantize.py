@@ -64,6 +64,7 @@ def quantize(
     Raises InputError, before anything is written, for what does not fit.
     """
     quantise = Quantise(kind, targets, block, double_quantisation)
+    partitioner = partitioner.at_hand()
     if os.path.exists(output) and os.listdir(output):
         raise InputError(f"quantize.output='{output}' is not empty: name a new folder")
     origin = format_of(source)

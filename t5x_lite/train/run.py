@@ -182,13 +182,13 @@ def load_params(
 
     `config` may differ from the run's in what parameters do not depend on (dropout, dtype, remat),
     and in what `source.restore` tells; fresh ones are drawn from `seed`. What has a sharding in
-    `away`, by path, is placed by that, and read to there unless it is merged or `source.restore`
-    moves it. Raises InputError where shapes differ, where there is no checkpoint, or where a tuned
-    run's base is no longer what it was tuned on.
+    `away`, by path, is read to there, where it is neither merged nor found by `source.restore`; all
+    else is on the devices. Raises InputError where shapes differ, where there is no checkpoint, or
+    where a tuned run's base is no longer what it was tuned on.
     """
-    if not source.restore:
-        _check_same(source, config)
     own, read = (None, None) if source.restore else (config, away)
+    if own is not None:
+        _check_same(source, own)
     if source.is_hf:
         _, found = load_hf(
             source.model_dir, partitioner=partitioner, param_dtype=config.param_dtype, away=read
@@ -196,10 +196,10 @@ def load_params(
     else:
         session, trainable, frozen = load(source, partitioner, own, read)
         found = session.transform.merge(trainable, frozen)
-        if not source.restore:
-            return found
+    if not source.restore:
+        return found
     target = Session(config, partitioner=partitioner, seed=seed)
-    return initial.fill(target, found, source.restore, source.model_dir, away)
+    return initial.fill(target, found, source.restore, source.model_dir)
 
 
 def load_base(source: RunCheckpoint, session: Session) -> Params:

@@ -91,8 +91,10 @@ class Session:
             )
 
         def place(path: str, x: jax.ShapeDtypeStruct) -> NamedSharding:
-            # It can't fetch one row of two that share a word either: vectors stay where they are.
-            if len(x.shape) - ("layers" in path.split("/")) < 2:
+            # It can't fetch one row of two that share a word either: vectors stay where they are,
+            # and biases, of which a device may have one head's.
+            axes = len(x.shape) - ("layers" in path.split("/"))
+            if axes < 2 or path.endswith("/bias"):
                 return x.sharding
             return self.partitioner.between_uses("frozen", x.sharding.spec)
 

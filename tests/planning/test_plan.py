@@ -350,6 +350,16 @@ def test_a_frozen_base_on_the_host_is_read_layer_by_layer(tmp_path, dtype):
     assert away.step_seconds > 0.95 * copies["seconds"]  # too little to hide it behind
 
 
+def test_a_frozen_base_with_a_heads_bias_a_chip_is_planned(tmp_path):
+    """Of two rows that share a word the compiler fetches none alone: biases stay on the chips."""
+    stack = dataclasses.replace(STACK, biases=("query", "key", "value"))
+    mesh = Partitioner(data=1, model=4, offload=("frozen",))
+    found = made(tmp_path, LoRA(rank=4), stack=stack, mesh=mesh, param_dtype="bfloat16")
+    biases = 3 * 3 * 512 * 2 / 4  # of three layers' three projections, a fourth on each chip
+    norms = 7 * 512 * 2
+    assert found.memory["frozen parameters"] == biases + norms
+
+
 def test_flash_attention_keeps_logits_out_of_memory(tmp_path):
     plain, flash = (made(tmp_path, attention=kind) for kind in ("plain", "flash"))
     kind = "activations, gradients and temporaries"

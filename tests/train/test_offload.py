@@ -17,7 +17,7 @@ from t5x_lite.decode import prompts
 from t5x_lite.decode.generate import generate
 from t5x_lite.decode.sampling import Greedy
 from t5x_lite.devices import HOST, check_host_memory
-from t5x_lite.interop.hf import load_hf, read_hf_config
+from t5x_lite.interop.hf import read_hf_config
 from t5x_lite.peft.compose import Compose
 from t5x_lite.peft.lora import DoRA, LoRA
 from t5x_lite.peft.prefix import PrefixTuning
@@ -26,8 +26,11 @@ from t5x_lite.peft.transform import Freeze, Full
 from t5x_lite.sharding import Partitioner
 from t5x_lite.train import adapters, loop
 from t5x_lite.train.checkpoint import Checkpointer
+from t5x_lite.train.convert import convert
 from t5x_lite.train.evaluate import Generate
+from t5x_lite.train.offline import evaluate_run
 from t5x_lite.train.optim import AdamW
+from t5x_lite.train.quantize import quantize
 from t5x_lite.train.run import RunCheckpoint, load, load_base
 from t5x_lite.train.session import Session
 from t5x_lite.train.step import Loss, eval_step
@@ -183,9 +186,6 @@ def test_an_offloaded_base_is_read_to_the_hosts_alone(source, transform, tmp_pat
         on_hosts = away(base)
         assert on_hosts == set(session.away)
         assert bool(on_hosts) == bool(offload)
-        if source == "hf":
-            read = load_hf(held.model_dir, partitioner=partitioner, away=session.away)[1]
-            assert away(read) == on_hosts
         flat = trees.flatten(base)
         trainable, frozen = session.split(base)
         assert all(trees.flatten(frozen)[path] is flat[path] for path in on_hosts)
@@ -196,7 +196,24 @@ def test_an_offloaded_base_is_read_to_the_hosts_alone(source, transform, tmp_pat
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), parts, same)
 
 
-def test_what_is_opened_merged_or_served_is_at_hand():
+def test_programs_that_hold_whole_models_offload_nothing(tmp_path):
+    """A gin file may say so, for the run that it also describes."""
+    run = harness.tiny_run(tmp_path / "run", tmp_path, total_steps=1)
+    loop.train(**run)
+    away = Partitioner(data=2, fsdp=4, offload=("frozen",))
+    folder, quantised = str(tmp_path / "run"), str(tmp_path / "int8")
+    for partitioner in (Partitioner(data=2, fsdp=4), away):
+        scores = evaluate_run(
+            model_dir=folder, evaluations=run["evaluations"], partitioner=partitioner
+        )
+        assert scores[1]["held/loss"] > 0
+    quantize(source=folder, output=quantised, kind="int8", partitioner=away)
+    convert(source=folder, output=str(tmp_path / "hf"), to="hf", partitioner=away)
+    found = evaluate_run(model_dir=quantised, evaluations=run["evaluations"], partitioner=away)
+    assert found[0]["held/loss"] == pytest.approx(scores[1]["held/loss"], rel=1e-2)
+
+
+def test_a_mesh_with_nothing_offloaded_is_the_same_mesh():
     partitioner = Partitioner(data=2, fsdp=4, offload=("frozen",))
     assert partitioner.at_hand().offload == ()
     assert partitioner.at_hand().mesh is partitioner.mesh
