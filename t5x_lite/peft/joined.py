@@ -3,8 +3,9 @@
 Multiplied apart, the second product reads and writes all of what the first has written, and takes
 as long as the first where the model is narrow: a TPU multiplies 128 numbers at a time, and a rank
 of 8 fills a sixteenth of that. With `x a` beside x and b under w, the sum is one product over
-inputs and rank, which XLA:TPU makes without writing either pair; the sum is one of float32, then,
-with nothing rounded on the way. Gradients with respect to x are joined alike.
+inputs and rank, which XLA:TPU makes without writing either pair; it rounds the sum once and not
+each part. Gradients with respect to x are joined alike. Both where one axis is contracted: over
+heads and their sizes there are two products (attention's output, the gradient of its queries).
 """
 
 from __future__ import annotations
