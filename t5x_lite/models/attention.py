@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from t5x_lite.kernels import flash
 from t5x_lite.kernels.plain import HIDDEN, ByDistance, Visibility, dot_product_attention, product
 from t5x_lite.models import cache as kv_cache
 from t5x_lite.models.cache import KeyValue
@@ -165,6 +164,9 @@ class MultiHeadAttention(nn.Module):
         )
         value = self.drop(value, deterministic)
         if config.attention == "flash":
+            # Pallas for TPUs is a fifteenth of a second to import: for those who want it.
+            from t5x_lite.kernels import flash
+
             attended = flash.attention(query, key, value, visibility, bias)
         else:
             assert not isinstance(bias, ByDistance)
