@@ -330,10 +330,10 @@ def platform() -> str:
     return found
 
 
-def mesh_size(axis: str) -> int:
-    """Devices along an axis of the mesh that programs are compiled for."""
+def splits(*names: str) -> bool:
+    """Whether the active partitioner's rules split any of these axes over several devices."""
     partitioner = _ACTIVE.get()
-    return 1 if partitioner is None else int(partitioner.mesh.shape[axis])
+    return partitioner is not None and any(partitioner.spec((name,))[0] for name in names)
 
 
 def local_size(names: Names, shape: Sequence[int]) -> int:

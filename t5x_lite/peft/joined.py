@@ -4,14 +4,16 @@ Multiplied apart, the second product reads and writes all of what the first has 
 as long as the first where the model is narrow: a TPU multiplies 128 numbers at a time, and a rank
 of 8 fills a sixteenth of that. With `x a` beside x and b under w, the sum is one product over
 inputs and rank, which XLA:TPU makes without writing either pair; it rounds the sum once and not
-each part. Gradients with respect to x are joined alike. Both where one axis is contracted: over
-heads and their sizes there are two products (attention's output, the gradient of its queries).
+each part. Gradients with respect to x are joined alike. The product is joined where the weight has
+one axis of inputs, the gradient where it has one of outputs: else there are two products, as for
+attention's output and for the gradient of its queries, which are over heads and their sizes.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +21,18 @@ import jax.numpy as jnp
 from t5x_lite import sharding
 from t5x_lite.types import Array
 
+_FEATURES: Final = ("activation_embed", "heads", "kv", "mlp", "vocab")  # axes of activations
+
 
 def pays(x: Array, in_axes: int) -> bool:
-    """Whether to join: on TPUs whose mesh leaves features whole, for more than a token a row.
+    """Whether to join, for x of `[..., length, *in]`: on TPUs, features whole, length above 1.
 
-    Where features are split over `model`, x would have to be gathered to get `x a` beside it. A
+    Where features are split, as over `model`, x would have to be gathered to get `x a` beside it. A
     product with single tokens, as decoding makes, takes as long as reading w, which would be
     written anew first.
     """
     length = max(x.shape[: x.ndim - in_axes][-1:], default=1)
-    return sharding.platform() == "tpu" and sharding.mesh_size("model") == 1 and length > 1
+    return sharding.platform() == "tpu" and length > 1 and not sharding.splits(*_FEATURES)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -36,6 +40,7 @@ def project(in_axes: int, x: Array, w: Array, a: Array, b: Array) -> Array:
     """`[..., *out]` of `x [..., *in]`, `w [*in, *out]`, `a [*in, rank]` and `b [rank, *out]`.
 
     All of one dtype. The gradient with respect to w is left out of programs that don't ask for it.
+    Without forward-mode derivatives (`jax.jvp`), other than of its gradient.
     """
     return _forward(in_axes, x, w, a, b)[0]
 

@@ -13,7 +13,7 @@ from t5x_lite.peft.compose import Compose
 from t5x_lite.peft.leaves import LowRank
 from t5x_lite.peft.lora import DoRA, LoRA
 from t5x_lite.peft.quantise import Quantise
-from t5x_lite.sharding import Partitioner
+from t5x_lite.sharding import DEFAULT_RULES, Partitioner
 from t5x_lite.train.optim import AdamW
 from t5x_lite.train.session import Session
 from tests import common
@@ -96,6 +96,8 @@ def test_steps_on_any_mesh_are_those_of_two_products(transform, sizes, request):
 
 def test_what_would_lose_by_it_is_multiplied_apart(tpu):
     step(LoRA(rank=2), Partitioner(data=4, model=2))
+    over_fsdp = (("batch", "data"), ("embed", None), ("mlp", "fsdp"), *DEFAULT_RULES)
+    step(LoRA(rank=2), Partitioner(data=4, fsdp=2, rules=over_fsdp))
     step(LoRA(rank=2, dropout=0.1), Partitioner(data=8))
     step(Compose((LoRA(rank=2), Quantise(kind="int8"))), Partitioner(data=8))
     node = LowRank(jnp.ones((4, 6)), jnp.ones((4, 2)), jnp.ones((2, 6)), 1.0)

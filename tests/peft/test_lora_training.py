@@ -14,7 +14,7 @@ import pytest
 
 from t5x_lite import trees
 from t5x_lite.models import transformer, weights
-from t5x_lite.peft import targets
+from t5x_lite.peft import joined, targets
 from t5x_lite.peft.bottleneck import Bottleneck
 from t5x_lite.peft.ia3 import IA3
 from t5x_lite.peft.leaves import merge_low_rank
@@ -188,8 +188,10 @@ def base_shapes(config):
     )
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "joined"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_no_copy_of_the_base_is_kept_for_the_backward_pass(config):
+def test_no_copy_of_the_base_is_kept_for_the_backward_pass(config, together, monkeypatch):
+    monkeypatch.setattr(joined, "pays", lambda *_: together)
     assert weight_residuals(config, LORA, base_shapes(config)) == []
 
 
