@@ -8,6 +8,7 @@ Arrays are stored whole and by path: they restore onto any mesh and number of pr
 from __future__ import annotations
 
 import datetime
+import functools
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging
 
 from t5x_lite import trees
@@ -53,11 +53,16 @@ class Checkpointer:
     def __init__(
         self, model_dir: str, policy: CheckpointPolicy = CheckpointPolicy(), shapes: Any = ()
     ):
+        self.directory = os.path.abspath(os.path.join(model_dir, DIRECTORY))
+        self.policy = policy
         # Written by shards.
-        writing = _at_once(
+        self._writing = _at_once(
             leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(shapes)
         )
-        self.directory = os.path.abspath(os.path.join(model_dir, DIRECTORY))
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        ocp, policy = _orbax(), self.policy
         best = policy.best_metric
         options = ocp.CheckpointManagerOptions(
             max_to_keep=policy.keep,
@@ -67,13 +72,12 @@ class Checkpointer:
             cleanup_tmp_directories=True,
             create=True,
         )
-        self.policy = policy
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.directory,
             options=options,
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(save_concurrent_gb=writing),
-                "optimizer": ocp.StandardCheckpointHandler(save_concurrent_gb=writing),
+                "params": ocp.StandardCheckpointHandler(save_concurrent_gb=self._writing),
+                "optimizer": ocp.StandardCheckpointHandler(save_concurrent_gb=self._writing),
                 "data": ocp.JsonCheckpointHandler(),
                 "metadata": ocp.JsonCheckpointHandler(),
             },
@@ -103,7 +107,7 @@ class Checkpointer:
                 f"{', '.join(sorted(metrics or {})) or 'nothing'}. Evaluate whenever a checkpoint "
                 "is written: make CheckpointPolicy.period a multiple of train.eval_period"
             )
-        optimizer = _by_path(opt_state)
+        ocp, optimizer = _orbax(), _by_path(opt_state)
         if best is not None:
             score = {"metric": best, "mode": self.policy.best_mode, "value": (metrics or {})[best]}
             metadata = {**metadata, BEST: score}
@@ -139,6 +143,7 @@ class Checkpointer:
         """An item's arrays, a few at a time."""
         # Stored in chunks of another mesh, perhaps: a shard may take the whole array to read.
         reading = _at_once(leaf.shape for leaf in jax.tree.leaves(shapes))
+        ocp = _orbax()
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=reading)
         with ocp.Checkpointer(handler) as reader:
             path = os.path.join(self.directory, str(step), item)
@@ -166,9 +171,10 @@ class Checkpointer:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given."""
-        return self._manager.restore(
-            step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        )["metadata"]
+        ocp = _orbax()
+        item = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        found: dict[str, Any] = self._manager.restore(step, args=item)["metadata"]
+        return found
 
     def nbytes(self, step: int) -> dict[str, int]:
         """Bytes on disk by item, e.g. `{"params": 1234, "optimizer": 56, ...}`."""
@@ -182,10 +188,19 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk. Raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        if "_manager" in vars(self):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        if "_manager" in vars(self):
+            self._manager.close()
+
+
+def _orbax() -> Any:
+    """A sixth of a second to import: a fresh run has need of it when it first saves."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
 
 
 def all_steps(model_dir: str) -> list[int]:
