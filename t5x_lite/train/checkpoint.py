@@ -54,6 +54,7 @@ class Checkpointer:
         self, model_dir: str, policy: CheckpointPolicy = CheckpointPolicy(), shapes: Any = ()
     ):
         self.directory = os.path.abspath(os.path.join(model_dir, DIRECTORY))
+        os.makedirs(self.directory, exist_ok=True)  # where it can't be, it fails now
         self.policy = policy
         # Written by shards.
         self._writing = _at_once(
