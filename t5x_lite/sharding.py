@@ -331,7 +331,10 @@ def platform() -> str:
 
 
 def splits(*names: str) -> bool:
-    """Whether the active partitioner's rules split any of these axes over several devices."""
+    """Whether the active partitioner's rules split any of these axes over several devices.
+
+    Raises InputError for a name without a rule.
+    """
     partitioner = _ACTIVE.get()
     return partitioner is not None and any(partitioner.spec((name,))[0] for name in names)
 

@@ -313,3 +313,12 @@ def test_jax_within_data_is_found_at_run_time(tmp_path: Path, module: str, compl
     (tmp_path / "helper_of_ours.py").write_text("")
     assert complaint in import_data(blocked=False, root=tmp_path).stderr
     assert import_data(blocked=True, root=tmp_path).returncode != 0
+
+
+def test_programs_start_without_what_few_of_them_need() -> None:
+    late = ("orbax.checkpoint", "jax.experimental.pallas.tpu")
+    program = f"import sys, t5x_lite.configure; print(*(m for m in {late} if m in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

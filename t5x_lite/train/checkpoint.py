@@ -47,14 +47,18 @@ class Checkpointer:
     """Saves and restores one run's checkpoints, under `model_dir/checkpoints/<step>`.
 
     What is being written or read takes its memory twice, as arrays and as chunks. Orbax would do
-    96 GB at once; here it is a few arrays. `shapes` is a tree of all that will be saved.
+    96 GB at once; here it is a few arrays. `shapes` is a tree of all that will be saved. Raises
+    InputError, when built, for a folder that can't be made.
     """
 
     def __init__(
         self, model_dir: str, policy: CheckpointPolicy = CheckpointPolicy(), shapes: Any = ()
     ):
         self.directory = os.path.abspath(os.path.join(model_dir, DIRECTORY))
-        os.makedirs(self.directory, exist_ok=True)  # where it can't be, it fails now
+        try:
+            os.makedirs(self.directory, exist_ok=True)  # now, and not at the first checkpoint
+        except OSError as error:
+            raise InputError(f"no checkpoints can be written in '{model_dir}': {error}") from error
         self.policy = policy
         # Written by shards.
         self._writing = _at_once(

@@ -182,6 +182,12 @@ def test_the_best_must_have_been_measured(tmp_path):
         save(tmp_path, [1], policy)
 
 
+def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"no checkpoints can be written in '.*file'"):
+        Checkpointer(str(tmp_path / "file"))
+
+
 def test_what_a_killed_run_left_half_written_is_not_a_checkpoint(tmp_path):
     save(tmp_path, [1])
     torn = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
