@@ -153,7 +153,7 @@ def start(process: Process | None, timeout: float = 300, agreed: str = "") -> No
     """Makes this process one of its run's; with None, or a count of 1, does nothing.
 
     Comes before anything that asks jax for devices. From then on this process ends when another
-    ends that has not called `finish`, within two seconds and with exit code 1.
+    ends that has not called `finish`, within two seconds (process 0: four), with exit code 1.
 
     Args:
       process: which one this is.
@@ -199,7 +199,7 @@ def leave(code: int) -> None:
     """Ends this process at once with an exit code, if it is one of several; else does nothing.
 
     For one that has failed. jax would have it wait minutes for the others to finish, which wait for
-    it. So they are told, and end within two seconds; process 0 stays until they have.
+    it. So they are told, and end within two seconds; process 0 stays four at most.
     """
     if _lifeline is not None:
         _lifeline.fail(code)

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 _LAST_WORDS_SECONDS: Final = 1.0  # when one has failed, others may be about to say the same
 _RELAY_SECONDS: Final = 3.0  # process 0 stays so much longer: without it jax ends the others
-_HEAR_SECONDS: Final = 2.0
+_HEAR_SECONDS: Final = 0.5
 _KEEP_ALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # a minute in all
 
 
