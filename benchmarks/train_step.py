@@ -71,7 +71,7 @@ OPTIMIZERS: dict[str, optim.Optimizer] = {
 }
 
 ROUNDS = 2  # of steps and then products
-LOSS = steps.Loss(logits_bytes=2**25)  # what gin_configs/hardware/cpu.gin sets
+LOSS = steps.Loss(logits_bytes=104_857_600)  # what gin_configs/hardware/cpu.gin sets
 
 _CONFIG = flags.DEFINE_enum("config", "small", sorted(SHAPES), "Model and batch.")
 _OPTIMIZER = flags.DEFINE_enum("optimizer", "adamw", sorted(OPTIMIZERS), "Optimizer.")
