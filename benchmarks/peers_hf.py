@@ -2,8 +2,8 @@
 
 Run by them, in a Python that has torch, transformers and peft. Reads one JSON object a line:
 `{"make": {...}}` builds a model with random weights and takes its first step, `{"run": {"steps":
-n}}` takes one step untimed and then n, `{"product": {...}}` times one product of matrices; answers
-each with one line.
+n}}` takes one step untimed and then n, `{"trace": {}}` one in torch's profiler, `{"product":
+{...}}` times one product of matrices; answers each with one line.
 """
 
 from __future__ import annotations
@@ -135,6 +135,13 @@ def run(step: Callable[[], None], steps: int) -> dict[str, list[float]]:
     return spent
 
 
+def traced(step: Callable[[], None]) -> list[tuple[str, float]]:
+    """Torch's operations in a step, and the seconds of each without those that it calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    return [(event.key, event.self_cpu_time_total / 1e6) for event in profile.key_averages()]
+
+
 def product(equation: str, left: list[int], right: list[int]) -> Callable[[], torch.Tensor]:
     """One product of two float32 arrays `[*batch, rows, columns]`, transposed as it comes."""
     first, second = equation.split("->")[0].split(",")
@@ -157,6 +164,8 @@ def main() -> None:
             step, trained = make(asked["make"])
             step()
             answer: dict = {"trained": trained}
+        elif "trace" in asked:
+            answer = {"operations": traced(step)}
         elif "product" in asked:
             answer = {"wall": statistics.median(run(product(**asked["product"]), 5)["wall"])}
         else:

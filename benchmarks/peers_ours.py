@@ -3,7 +3,8 @@
 Run by `peers.py`. Reads one JSON object a line: `{"make": {...}}` builds a model with random
 weights and takes its first step, `{"run": {"steps": n}}` takes one step untimed and then n,
 `{"products": {...}}` times products of a feed-forward block's shape, `{"product": {...}}` one of
-any shape; `{"program": {}}` asks for the compiled step's text. Answers each with one line.
+any shape; `{"program": {}}` asks for the compiled step's text, `{"trace": {}}` for where a step's
+time goes. Answers each with one line.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import costs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +128,10 @@ def main() -> None:
             answer = {"wall": timed.wall, "cpu": timed.cpu}
         elif what == "program":
             answer = {"text": training.compiled.as_text()}
+        elif what == "trace":
+            found = costs.measure(training.compiled, training.step, train_step.part_of, 1)
+            rows = [(cost.kind, cost.place, cost.shape, cost.seconds) for cost in found]
+            answer = {"operations": rows}
         elif what == "product":
             timed = train_step.Timed(product(**asked))
             timed.repeat(5)

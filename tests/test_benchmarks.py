@@ -302,6 +302,30 @@ def test_a_folder_without_t5x_is_named(tmp_path):
     assert f"--t5x={tmp_path} has no t5x/examples/t5/network.py" in done.stderr
 
 
+def test_operations_of_a_step_add_up_to_it():
+    done = run("operations.py", "--row=toy_lora", "--rounds=1", "--steps=1")
+    assert done.returncode == 0, done.stderr
+    cells = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
+    seconds = {row[1].strip(): float(row[2]) for row in cells}
+    *kinds, whole = seconds.values()
+    assert len(kinds) == 4
+    assert min(kinds) >= 0.0
+    assert sum(kinds) == pytest.approx(whole, abs=2e-3)
+
+
+def test_operations_are_of_the_kind_that_torch_calls_alike():
+    kinds = load("kinds")
+    for kind, ours, torchs in (
+        ("PRODUCTS", ("product", "encoder self_attention, forward", "4096x512x384"), "aten::mm"),
+        ("ATTENTION", ("product", "encoder self_attention, backward", "48 of 9x9x9"), "aten::bmm"),
+        ("ATTENTION", ("elementwise", "decoder cross_attention, forward", ""), "aten::_softmax"),
+        ("COPIES", ("read from a stack", "encoder mlp, backward", ""), "aten::copy_"),
+        ("REST", ("reduction", "encoder self_attention_norm, forward", ""), "aten::_log_softmax"),
+    ):
+        expected = getattr(kinds, kind)
+        assert kinds.of(*ours) == kinds.of_torch(torchs) == expected
+
+
 def test_the_products_of_a_step_are_counted():
     done = run("products.py", "--row=toy_lora", "--rounds=1", "--steps=1")
     rows = re.findall(r"│ (\S+ , \S+) +│ (\S+) +│ +(\d+) │", done.stdout)
