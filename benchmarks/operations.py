@@ -35,11 +35,7 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         sys.exit(f"error: unexpected '{argv[1]}' (--help shows the flags)")
     work = {**peers.ROWS, **peers.TOYS}[_ROW.value]
-    names = [peers.OURS, "eager"] if flags.FLAGS.hf_python else [peers.OURS]
-    sides = {name: peers.start(name, work, "float32") for name in names}
-    for _ in range(flags.FLAGS.rounds):
-        for times in sides.values():
-            times.run(flags.FLAGS.steps)
+    sides = peers.in_turn(work)
     spent: list[dict[str, float]] = []
     for name, times in sides.items():
         found: dict[str, float] = {}

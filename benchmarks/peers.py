@@ -138,6 +138,16 @@ def start(name: str, work: Work, dtype: str) -> Times:
     return Times(side, time.perf_counter() - began, made)
 
 
+def in_turn(work: Work) -> dict[str, Times]:
+    """Ours, and Hugging Face's eager one if there is a Python for it, after rounds of steps."""
+    names = [OURS, "eager"] if _HF_PYTHON.value else [OURS]
+    sides = {name: start(name, work, "float32") for name in names}
+    for _ in range(_ROUNDS.value):
+        for times in sides.values():
+            times.run(_STEPS.value)
+    return sides
+
+
 def measured(work: Work, dtype: str, names: list[str]) -> tuple[dict[str, Times], float]:
     """Every side's times, and the ceiling in GFLOP/s."""
     products = process(OURS)

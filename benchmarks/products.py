@@ -114,11 +114,7 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         sys.exit(f"error: unexpected '{argv[1]}' (--help shows the flags)")
     work = {**peers.ROWS, **peers.TOYS}[_ROW.value]
-    names = [peers.OURS, "eager"] if flags.FLAGS.hf_python else [peers.OURS]
-    steps = {name: peers.start(name, work, "float32") for name in names}
-    for _ in range(flags.FLAGS.rounds):
-        for times in steps.values():
-            times.run(flags.FLAGS.steps)
+    steps = peers.in_turn(work)
     counts = products_of(Program.parse(steps[peers.OURS].side.ask(program={})["text"]))
     for times in steps.values():
         times.side.close()
