@@ -126,6 +126,16 @@ def test_no_float32_copy_of_the_logits_beyond_the_gradient():
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 4 * np.prod(shape)
 
 
+def test_exponentials_are_computed_once_where_both_passes_are_in_one_program():
+    shape = (2, 4, 384)
+    logits = jax.ShapeDtypeStruct(shape, jnp.float32)
+    targets = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
+    weights = jax.ShapeDtypeStruct(shape[:2], jnp.float32)
+    loss = lambda x, t, w: losses.cross_entropy(x, t, w)["loss"]
+    program = jax.jit(jax.value_and_grad(loss)).lower(logits, targets, weights).compile()
+    assert program.as_text().count(" exponential(") == 1
+
+
 def test_bad_input_is_named():
     logits, targets, weights = _inputs()
     with pytest.raises(InputError, match="weights"):
