@@ -124,13 +124,17 @@ def _attend_forward(
 def _attend_backward(residuals: tuple, gradient: Array) -> tuple:
     query, key, value, bias, visibility, attended, highest, total = residuals
     mask = visibility.mask()
-    weights = jnp.exp(_logits(query, key, bias, mask) - highest) / total
+    # Both the softmax's division and the mask are applied to the gradient [b, q, h, d], not to
+    # arrays [b, h, q, k]: XLA:CPU would compute a masked d_logits twice, for bias and for the rest.
+    # Three layers of T5 1.1 small's encoder, 8 x 512, both ways: 1.53 CPU-seconds, 1.35 like this.
+    weights = jnp.exp(_logits(query, key, bias, mask) - highest)
+    scaled = of_logits = gradient.astype(jnp.float32) / jnp.swapaxes(total, 1, 2)
+    if mask is not None:  # hidden keys weigh 0 already, unless a row sees nothing: all weigh alike
+        of_logits = jnp.where(jnp.swapaxes(highest, 1, 2) > HIDDEN, scaled, 0.0)
     # sum_k weights * d_weights, without the two [b, h, q, k] arrays.
-    mean = jnp.sum(gradient.astype(jnp.float32) * attended.astype(jnp.float32), axis=-1)
-    d_weights = product(_by_row(gradient), _by_column(value))
+    mean = jnp.sum(of_logits * attended.astype(jnp.float32), axis=-1)
+    d_weights = product(_by_row(of_logits.astype(gradient.dtype)), _by_column(value))
     d_logits = weights * (d_weights - jnp.swapaxes(mean, 1, 2)[..., None])
-    if mask is not None:
-        d_logits = jnp.where(mask, d_logits, 0.0)  # matters in rows that see nothing
     d_bias = None
     if bias is not None:
         d_bias = d_logits
@@ -140,7 +144,8 @@ def _attend_backward(residuals: tuple, gradient: Array) -> tuple:
     d_logits = d_logits.astype(query.dtype)
     d_query = jnp.swapaxes(product(d_logits, _by_row(key)), 1, 2)
     d_key = jnp.moveaxis(product(_by_column(query), d_logits), 3, 1)
-    d_value = jnp.moveaxis(product(_by_column(gradient), weights.astype(gradient.dtype)), 3, 1)
+    scaled = scaled.astype(gradient.dtype)
+    d_value = jnp.moveaxis(product(_by_column(scaled), weights.astype(gradient.dtype)), 3, 1)
     d_key, d_value = d_key.astype(key.dtype), d_value.astype(value.dtype)
     return d_query.astype(query.dtype), d_key, d_value, d_bias, None
 
