@@ -131,9 +131,10 @@ def _attend_backward(residuals: tuple, gradient: Array) -> tuple:
     scaled = of_logits = gradient.astype(jnp.float32) / jnp.swapaxes(total, 1, 2)
     if mask is not None:  # hidden keys weigh 0 already, unless a row sees nothing: all weigh alike
         of_logits = jnp.where(jnp.swapaxes(highest, 1, 2) > HIDDEN, scaled, 0.0)
-    # sum_k weights * d_weights, without the two [b, h, q, k] arrays.
-    mean = jnp.sum(of_logits * attended.astype(jnp.float32), axis=-1)
-    d_weights = product(_by_row(of_logits.astype(gradient.dtype)), _by_column(value))
+    of_logits = of_logits.astype(gradient.dtype)
+    # sum_k weights * d_weights, without the two [b, h, q, k] arrays; of the same rounded gradient.
+    mean = jnp.sum(of_logits.astype(jnp.float32) * attended.astype(jnp.float32), axis=-1)
+    d_weights = product(_by_row(of_logits), _by_column(value))
     d_logits = weights * (d_weights - jnp.swapaxes(mean, 1, 2)[..., None])
     d_bias = None
     if bias is not None:

@@ -29,20 +29,24 @@ def defined(query, key, value, visibility, bias):
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 2e-6), (jnp.bfloat16, 4e-2)])
 @pytest.mark.parametrize("biases", [0, 1, ROWS])
 @pytest.mark.parametrize("name", CASES)
-def test_the_result_and_its_gradients(name, biases):
+def test_the_result_and_its_gradients(name, biases, dtype, most):
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     query, weights = (draw(ROWS, QUERIES, HEADS, DIM) for _ in range(2))
     key, value = (draw(ROWS, KEYS, HEADS, DIM) for _ in range(2))
     bias = draw(biases, HEADS, QUERIES, KEYS) if biases else None
 
-    def both(attend):
+    def both(attend, kind):
+        """In `kind`, of the numbers that are drawn in `dtype`."""
+        drawn = jax.tree.map(lambda x: x.astype(kind), (query, key, value, bias))
         loss = lambda *arrays: jnp.sum(weights * attend(*arrays[:3], CASES[name], *arrays[3:]))
-        arguments = (0, 1, 2, 3) if biases else (0, 1, 2)
-        grads = jax.grad(loss, arguments)(query, key, value, bias)
-        return attend(query, key, value, CASES[name], bias), *grads
+        grads = jax.grad(loss, (0, 1, 2, 3) if biases else (0, 1, 2))(*drawn)
+        return attend(*drawn[:3], CASES[name], drawn[3]), *grads
 
-    for one, other in zip(both(dot_product_attention), both(defined), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
+    for one, other in zip(
+        both(dot_product_attention, dtype), both(defined, "float32"), strict=True
+    ):
+        np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=5 * most, atol=most)
