@@ -312,7 +312,7 @@ def test_offloaded_state_is_the_hosts(tmp_path, capsys):
 @pytest.mark.parametrize("activations", [True, False], ids=["activations", "update"])
 def test_offloading_lowers_the_peak_that_activations_make(activations):
     """And leaves one that the update makes, for which all of the state is on the chip at once."""
-    layers, width = (4, 2048) if activations else (3, 512)
+    layers, width, rows = (4, 2048, 16) if activations else (3, 512, 8)
     stack = dataclasses.replace(
         STACK, num_layers=layers, mlp_dim=4 * width, num_heads=width // 128, remat="full"
     )
@@ -322,14 +322,14 @@ def test_offloading_lowers_the_peak_that_activations_make(activations):
             topology="v5e:2x2",
             model=model,
             optimizer=AdamW(1e-3),
-            batch=BatchShape(rows=8, decoder=512),
+            batch=BatchShape(rows=rows, decoder=512),
             partitioner=dataclasses.replace(MESH, offload=offload),
         )
         for offload in ((), ("optimizer",))
     ]
     saved = sum(found[0].memory.values()) - sum(found[1].memory.values())
     held = found[0].memory["optimizer state"]
-    assert (saved > 0.3 * held) is activations
+    assert (saved > 0.5 * held) is activations
     assert saved < held
 
 
