@@ -29,10 +29,12 @@ def defined(query, key, value, visibility, bias):
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 2e-6), (jnp.bfloat16, 4e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "relative", "most"), [(jnp.float32, 1e-5, 2e-6), (jnp.bfloat16, 1e-2, 4e-2)]
+)
 @pytest.mark.parametrize("biases", [0, 1, ROWS])
 @pytest.mark.parametrize("name", CASES)
-def test_the_result_and_its_gradients(name, biases, dtype, most):
+def test_the_result_and_its_gradients(name, biases, dtype, relative, most):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     query, weights = (draw(ROWS, QUERIES, HEADS, DIM) for _ in range(2))
@@ -49,4 +51,4 @@ def test_the_result_and_its_gradients(name, biases, dtype, most):
     for one, other in zip(
         both(dot_product_attention, dtype), both(defined, "float32"), strict=True
     ):
-        np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=5 * most, atol=most)
+        np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=relative, atol=most)
