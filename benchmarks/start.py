@@ -34,29 +34,38 @@ MARKS = (
     (r"^step \d+/", "first step done"),
 )
 CPU = "CPU-seconds, all of it"
+PROGRAMS = (
+    "programs read whole",
+    "others, lowered",
+    "of these from jax's cache",
+    "seconds for these",
+)
 
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps of each start.")
 
-# The program itself, and a line on standard error for each program that XLA was asked for.
+# The program itself, and at its end a line on standard error with what became of its programs.
 CHILD = """
 import runpy, sys
 import jax
 
-asked, read = [], []
+asked, read, whole = [], [], []
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: name.endswith("/backend_compile_duration") and asked.append(seconds))
 jax.monitoring.register_event_listener(
     lambda name, **_: name.endswith("/cache_hits") and read.append(name))
+jax.monitoring.register_event_listener(
+    lambda name, **_: name == "/t5x_lite/programs/read" and whole.append(name))
 sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    print(f"programs: {len(asked)} {len(read)} {sum(asked):.2f}", file=sys.stderr)
+    counts = len(whole), len(asked), len(read)
+    print("programs:", *counts, f"{sum(asked):.2f}", file=sys.stderr)
 """
 
 
 def start(arguments: list[str], cache: str) -> tuple[dict[str, float], str]:
-    """Seconds from the command to each mark, and `asked read seconds` of the programs.
+    """Seconds from the command to each mark, and of the programs the numbers of `PROGRAMS`.
 
     The last time is of all threads until the process ended, a few steps later.
     """
@@ -121,7 +130,7 @@ def main(argv: list[str]) -> None:
     for mark in (*(name for _, name in MARKS), CPU):
         values = (times.get(mark) for times, _ in found.values())
         table.add_row(mark, *("" if value is None else f"{value:.2f}" for value in values))
-    for index, what in enumerate(("programs", "of them from the cache", "seconds for them")):
+    for index, what in enumerate(PROGRAMS):
         table.add_row(what, *(programs.split()[index] for _, programs in found.values()))
     console.print(table)
     console.print(f"The cache holds {size / 2**20:.1f} MiB")

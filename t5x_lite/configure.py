@@ -49,7 +49,7 @@ from absl import app, flags, logging
 from gin import config_parser
 from gin.config import ParserDelegate
 
-from t5x_lite import aside, commandline, compilation, distributed
+from t5x_lite import aside, commandline, distributed, programs
 from t5x_lite.bindings import (
     COMMAND_LINE,
     MACRO,
@@ -328,7 +328,7 @@ def main(function: Configurable, *, like: Configurable | None = None, **given: A
                 process = distributed.on_pod()
             agreed = hashlib.sha256(operative_config().encode()).hexdigest()
             distributed.start(process, options.process_timeout, agreed)
-            compilation.keep_compiled()
+            programs.keep()
             function(**everything)
             return
         print(operative_config())

@@ -20,7 +20,7 @@ PACKAGE = "t5x_lite"
 # A room may import its own rank and lower ones. `data` has rules of its own.
 RANK = {
     **dict.fromkeys(("types", "trees", "records", "devices", "lifeline"), 0),
-    **dict.fromkeys(("aside", "compilation", "distributed", "sharding"), 1),
+    **dict.fromkeys(("aside", "compilation", "distributed", "programs", "sharding"), 1),
     "kernels": 2,
     "models": 3,
     "peft": 4,

@@ -219,11 +219,11 @@ def test_starts_are_timed(tmp_path):
     )
     (tmp_path / "run.gin").write_text("\n".join(given))
     done = run("start.py", f"--gin_file={tmp_path / 'run.gin'}")
-    (row,) = re.findall(r"│ of them from the cache +│ +(\d+) │ +(\d+) │ +(\d+) │", done.stdout)
+    (row,) = re.findall(r"│ programs read whole +│ +(\d+) │ +(\d+) │ +(\d+) │", done.stdout)
     first, second, third = map(int, row)
-    assert second > 2
-    assert third > 0
-    assert first < second  # within one start, too, one program may be asked for twice
+    assert first == 0
+    assert second >= 3  # the initialiser, the evaluation, the step
+    assert third >= 1
 
 
 def test_a_row_beside_no_peer_is_ours_alone():

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite import types
+from t5x_lite import programs, types
 from t5x_lite.data.objectives.base import is_labelled
 from t5x_lite.data.pipeline import EvaluationBatches, iterate
 from t5x_lite.data.tasks import Task
@@ -130,7 +130,8 @@ class Evaluator:
             scores = model.apply({"params": transform.apply(params, frozen)}, batch)
             return scores.astype(jnp.float32), batch[types.MASKED_LOSS_WEIGHTS]
 
-        self._score = jax.jit(score, out_shardings=replicated)
+        scored = jax.jit(score, out_shardings=replicated)
+        self._score = programs.Kept(scored, session.partitioner, session.config, transform)
         self._label = jax.jit(label, out_shardings=replicated)
         # Replicated, so that every process can read every row.
         self._decode = jax.jit(decode, static_argnums=(4, 5), out_shardings=replicated)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from t5x_lite import aside, compilation, trees, types
+from t5x_lite import aside, compilation, programs, trees, types
 from t5x_lite.data.pipeline import Batches, iterate
 from t5x_lite.decode.asking import asking_of
 from t5x_lite.models import flops
@@ -288,8 +288,10 @@ def compile_step(
         donate_argnums=0,
         out_shardings=(shardings(state), session.partitioner.replicated),
     )
+    made_with = (session, optimizer, loss, microbatches, seed)
+    kept = programs.Kept(jitted, session.partitioner, *made_with)
     with session.partitioner.activate():
-        compiled = jitted.lower(state, frozen, batch).compile(compiler_options=options)
+        compiled = kept.compiled(state, frozen, batch, options=options)
     return compiled, time.monotonic() - began
 
 

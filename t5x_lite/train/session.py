@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x_lite import trees
+from t5x_lite import programs, trees
 from t5x_lite.devices import HOST, fetched
 from t5x_lite.models import prompted, transformer
 from t5x_lite.models.config import ModelConfig
@@ -141,7 +141,8 @@ class Session:
         def init(seed: jax.Array) -> Params:
             return transformer.init(self.model, _key(seed, 0))
 
-        return jax.jit(init, out_shardings=shardings(self.base_shapes))(self._seed)
+        jitted = jax.jit(init, out_shardings=shardings(self.base_shapes))
+        return programs.Kept(jitted, self.partitioner, self.config)(self._seed)
 
     def init_some(self, paths: Sequence[str]) -> dict[str, jax.Array]:
         """Those of `init_base`'s parameters by path, without making the others."""

@@ -1,0 +1,324 @@
+"""Compiled programs kept whole: a start that finds its programs neither traces nor lowers them.
+
+jax's persistent cache (see `compilation`) knows a program by its text, for which it has to be
+traced and lowered anew in every process. Here it is known by all that its text is made from:
+
+    the sources of this package and of every other loaded module that is not an installed one;
+    the versions of Python, jax, jaxlib, Flax, Optax, NumPy and of the devices' own compiler;
+    jax's configuration, and the environment's variables for jax and XLA;
+    the devices; the arguments' shapes, dtypes and shardings;
+    the values that the function was made with, field by field.
+
+A value of which that can't be said (a lambda, an array, an object whose class has no source) leaves
+its program out: it is traced as ever. So is a run of several processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import functools
+import hashlib
+import os
+import pickle
+import sys
+import sysconfig
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FunctionType
+from typing import Any, Final
+
+import flax
+import jax
+import jaxlib
+import numpy as np
+import optax
+from absl import logging
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from t5x_lite import compilation
+from t5x_lite.sharding import Partitioner
+
+MAX_BYTES: Final = 2**30  # of all that is kept; what was read longest ago goes first
+READ: Final = "/t5x_lite/programs/read"  # jax.monitoring's event for each that was
+_PACKAGE: Final = Path(__file__).resolve().parent
+_LIBRARIES: Final = {m.__name__: m.__version__ for m in (jax, jaxlib, flax, optax, np)}
+_PREFIXES: Final = ("JAX_", "XLA_", "TF_", "LIBTPU_", "TPU_", "CUDA_", "NVIDIA_", "ROCM_", "NPROC")
+_OF_CACHES: Final = ("jax_compilation_cache_", "jax_persistent_cache_")
+
+_CALLS_BACK: Final = ("callback", "is_host_transfer")
+_PYTHON: Final = tuple(f"{sysconfig.get_path(x)}{os.sep}" for x in ("stdlib", "platstdlib"))
+
+_folder: Path | None = None  # None: nothing is kept
+_here = threading.local()  # .read: jax's cache gave this thread a program
+
+
+class _UntoldError(Exception):
+    """A value that no text stands for."""
+
+
+def keep() -> None:
+    """Has this process keep what it compiles: see `compilation.keep_compiled`, and here.
+
+    Here in `programs` of the folder where jax does, if it does and the folder is a local one.
+    """
+    compilation.keep_compiled()
+    base = jax.config.jax_compilation_cache_dir
+    if base and "://" not in base and jax.config.jax_enable_compilation_cache:
+        keep_in(Path(base) / "programs")
+
+
+def keep_in(folder: Path | None) -> None:
+    """Has programs of this process kept in a folder, which need not exist; None: not any more."""
+    global _folder
+    if folder is not None and _folder is None:
+        jax.monitoring.register_event_listener(_listen)
+    _folder = folder
+
+
+def _listen(event: str, **_: Any) -> None:
+    if event.endswith("/compilation_cache/cache_hits"):
+        _here.read = True
+
+
+class Kept:
+    """A jitted function, compiled once for each kind of arguments: here, or by an earlier process.
+
+    Without a folder to keep it in, calls are the function's own.
+    """
+
+    def __init__(self, jitted: Any, partitioner: Partitioner, *parts: Any):
+        """`parts` are all values that the function's result depends on beside its arguments."""
+        self._jitted, self._partitioner, self._parts = jitted, partitioner, parts
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        if not self._is_kept:
+            return self._jitted(*args)
+        leaves, tree = jax.tree.flatten(args)
+        kind = (tree, *((np.shape(x), x.dtype, getattr(x, "sharding", None)) for x in leaves))
+        if kind not in self._compiled:
+            self._compiled[kind] = self.compiled(*args)
+        return self._compiled[kind](*args)
+
+    def compiled(self, *args: Any, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
+        """The program for arguments, which may be shape structs; `options` are the compiler's."""
+        try:
+            if _folder is None or not self._is_kept:
+                raise _UntoldError("nothing is kept, or not for these devices")
+            kinds = [_kinds(args), options]
+            where = [self._partitioner, self._partitioner.mesh]
+            made_of = _digest([_around(), _sources(), where, self._parts, kinds])
+        except _UntoldError as error:
+            logging.debug("traced and lowered: %s", error)
+            return self._jitted.lower(*args).compile(compiler_options=options)
+        name, devices = self._jitted.__name__, tuple(self._partitioner.mesh.devices.flat)
+        pointer = _folder / f"{name}-{made_of}.key"
+        found = _load(pointer, devices)
+        if found is not None:
+            return found
+        lowered = self._jitted.lower(*args)
+        # Other sources, or other parts, may give the same program.
+        text = lowered.as_text()
+        same = _digest([_around(), where[1], kinds, text])
+        path = _folder / f"{name}-{same}.program"
+        _write(pointer, path.name.encode())
+        found = _load(pointer, devices)
+        if found is not None and found.out_tree == lowered.out_tree:
+            return found
+        _here.read = False
+        compiled = lowered.compile(compiler_options=options)
+        # What jax has read back XLA:CPU can't write whole again; and what a program calls in this
+        # process is not in the next.
+        if not _here.read and not any(call in text for call in _CALLS_BACK):
+            _save(path, compiled)
+        return compiled
+
+    @functools.cached_property
+    def _is_kept(self) -> bool:
+        """Not where devices are described only (see `planning`), or other processes' too."""
+        devices = set(self._partitioner.mesh.devices.flat)
+        return _folder is not None and devices <= set(jax.local_devices())
+
+
+# Programs on disk
+
+
+def _load(pointer: Path, devices: tuple[jax.Device, ...]) -> jax.stages.Compiled | None:
+    """The program that a pointer names; None: there is none that can be read."""
+    try:
+        path = pointer.with_name(pointer.read_text(encoding="utf-8"))
+        if path.stat().st_uid != os.getuid():  # to read a program is to run it
+            raise PermissionError(f"{path} is another user's")
+        payload, arguments, results = pickle.loads(path.read_bytes())
+        found = serialize_executable.deserialize_and_load(
+            payload, arguments, results, execution_devices=devices
+        )
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever XLA and pickle make of a file that is cut short
+        logging.warning("a kept program is made anew, for it can't be read: %s", error)
+        return None
+    with contextlib.suppress(OSError):  # another process has pruned them
+        os.utime(pointer)
+        os.utime(path)
+    jax.monitoring.record_event(READ)
+    return found
+
+
+def _save(path: Path, compiled: jax.stages.Compiled) -> None:
+    try:
+        kept = pickle.dumps(serialize_executable.serialize(compiled))
+    except Exception as error:  # not every backend and program can be
+        logging.info("%s is not kept: %s", path.name, error)
+        return
+    _write(path, kept)
+    _prune(path.parent)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        logging.warning("compiled programs are not kept: %s", error)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _prune(folder: Path) -> None:
+    """Deletes what was read longest ago, until the rest is small enough."""
+    with contextlib.suppress(OSError):  # another process prunes too
+        found = [(path, path.stat()) for path in folder.iterdir()]
+        size = sum(stat.st_size for _, stat in found)
+        for path, stat in sorted(found, key=lambda one: one[1].st_mtime):
+            if size <= MAX_BYTES:
+                return
+            path.unlink(missing_ok=True)
+            size -= stat.st_size
+
+
+# What a program is made of, as text
+
+
+def _digest(value: Any) -> str:
+    """Of a value told field by field. Raises `_UntoldError` if something in it can't be."""
+    return hashlib.sha256("\n".join(_lines(value)).encode()).hexdigest()
+
+
+def _lines(value: Any) -> Iterator[str]:
+    kind = type(value)
+    if value is None or kind in (bool, int, float, complex, str, bytes):
+        yield repr(value)
+    elif kind in (tuple, list, PartitionSpec):
+        yield f"{kind.__name__} of {len(value)}"
+        for one in value:
+            yield from _lines(one)
+    elif isinstance(value, Mapping):
+        yield f"{kind.__name__} of {len(value)}"
+        for key, one in value.items():
+            yield from _lines(key)
+            yield from _lines(one)
+    elif isinstance(value, enum.Enum):
+        yield f"{_name(kind)}.{value.name}"
+    elif isinstance(value, np.dtype | np.generic):
+        yield f"{kind.__name__} {value!r}"
+    elif isinstance(value, type | FunctionType):
+        yield _name(value)
+    elif dataclasses.is_dataclass(value):
+        yield _name(kind)
+        for field in dataclasses.fields(value):
+            yield field.name
+            yield from _lines(getattr(value, field.name))
+    elif isinstance(value, NamedSharding):
+        yield from _lines([value.mesh, value.spec, value.memory_kind])
+    elif isinstance(value, SingleDeviceSharding):
+        yield from _lines([sorted(device.id for device in value.device_set), value.memory_kind])
+    elif isinstance(value, Mesh):
+        ids = [device.id for device in value.devices.flat]
+        yield from _lines([value.axis_names, value.devices.shape, ids, str(value.axis_types)])
+    else:
+        raise _UntoldError(f"{kind.__module__}.{kind.__qualname__} {value!r:.100}")
+
+
+def _name(value: Any) -> str:
+    """Of a class or function whose source is told. Raises `_UntoldError` for any other."""
+    module, path = value.__module__, value.__qualname__
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    top = module.partition(".")[0]
+    file = getattr(sys.modules.get(module), "__file__", None)
+    known = module == "builtins" or (file and (top in _LIBRARIES or not _is_installed(file)))
+    if found is not value or not (known or top == __package__):
+        raise _UntoldError(f"{module}.{path}")
+    return f"{module}.{path}"
+
+
+def _kinds(args: Any) -> list[Any]:
+    """Structure of the arguments, and what is compiled for in each."""
+    leaves, tree = jax.tree.flatten(args)
+
+    def kind(x: Any) -> list[Any]:
+        weak, committed = getattr(x, "weak_type", False), getattr(x, "committed", True)
+        return [np.shape(x), str(x.dtype), weak, committed, getattr(x, "sharding", None)]
+
+    return [str(tree), [kind(leaf) for leaf in leaves]]
+
+
+def _around() -> dict[str, Any]:
+    """What programs of this process depend on, whatever they are."""
+    config = {key: str(value) for key, value in sorted(jax.config.values.items())}
+    environment = {key: os.environ[key] for key in sorted(os.environ) if key.startswith(_PREFIXES)}
+    devices = jax.devices()
+    return {
+        "versions": [sys.version, _LIBRARIES, devices[0].client.platform_version],
+        "processor": compilation.processor(),
+        "config": {key: value for key, value in config.items() if not key.startswith(_OF_CACHES)},
+        "environment": {
+            key: value
+            for key, value in environment.items()
+            if not key.lower().startswith(_OF_CACHES)
+        },
+        "devices": [
+            [device.id, device.platform, device.device_kind, device.process_index]
+            for device in devices
+        ],
+    }
+
+
+def _sources() -> list[str]:
+    """Digests of this package and of the other loaded modules that are not installed ones."""
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    others = sorted(f for f in files if f and not _is_installed(f) and not _is_ours(f))
+    try:
+        digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in others]
+    except OSError as error:
+        raise _UntoldError(f"{error}") from error
+    return [_package_digest(), *digests]
+
+
+@functools.cache
+def _package_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(f"{path.relative_to(_PACKAGE)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(f"{_PACKAGE}{os.sep}")
+
+
+@functools.cache
+def _is_installed(file: str) -> bool:
+    """Python's own, or of a package with a version; this one counts as its sources."""
+    if any(f"{os.sep}{name}{os.sep}" in file for name in ("site-packages", "dist-packages")):
+        return not _is_ours(file)
+    return file.startswith(_PYTHON)
