@@ -49,7 +49,6 @@ _LIBRARIES: Final = {m.__name__: m.__version__ for m in (jax, jaxlib, flax, opta
 _PREFIXES: Final = ("JAX_", "XLA_", "TF_", "LIBTPU_", "TPU_", "CUDA_", "NVIDIA_", "ROCM_", "NPROC")
 _OF_CACHES: Final = ("jax_compilation_cache_", "jax_persistent_cache_")
 
-_CALLS_BACK: Final = ("callback", "is_host_transfer")
 _PYTHON: Final = tuple(f"{sysconfig.get_path(x)}{os.sep}" for x in ("stdlib", "platstdlib"))
 
 _folder: Path | None = None  # None: nothing is kept
@@ -122,8 +121,7 @@ class Kept:
             return found
         lowered = self._jitted.lower(*args)
         # Other sources, or other parts, may give the same program.
-        text = lowered.as_text()
-        same = _digest([_around(), where[1], kinds, text])
+        same = _digest([_around(), where[1], kinds, lowered.as_text()])
         path = _folder / f"{name}-{same}.program"
         _write(pointer, path.name.encode())
         found = _load(pointer, devices)
@@ -131,9 +129,7 @@ class Kept:
             return found
         _here.read = False
         compiled = lowered.compile(compiler_options=options)
-        # What jax has read back XLA:CPU can't write whole again; and what a program calls in this
-        # process is not in the next.
-        if not _here.read and not any(call in text for call in _CALLS_BACK):
+        if not _here.read:  # what jax has read back XLA:CPU can't write whole again
             _save(path, compiled)
         return compiled
 
@@ -172,7 +168,7 @@ def _load(pointer: Path, devices: tuple[jax.Device, ...]) -> jax.stages.Compiled
 def _save(path: Path, compiled: jax.stages.Compiled) -> None:
     try:
         kept = pickle.dumps(serialize_executable.serialize(compiled))
-    except Exception as error:  # not every backend and program can be
+    except Exception as error:  # not every backend's can be, and none that calls Python back
         logging.info("%s is not kept: %s", path.name, error)
         return
     _write(path, kept)

@@ -116,6 +116,7 @@ def test_without_a_folder_nothing_is_kept(call, tmp_path):
     [
         Part(2.0),
         Part(1),  # is not 1.0
+        Part("1.0"),
         Part((1.0,)),
         Part({"a": 1.0}),
         Part(None),
@@ -260,17 +261,20 @@ def test_a_full_disk_costs_nothing_but_the_program(call, tmp_path, monkeypatch, 
 
 
 def test_what_was_read_longest_ago_goes_first(call, tmp_path, monkeypatch):
+    folder, files = tmp_path / "programs", []
     for number in (1.0, 2.0, 3.0):
         assert call(Part(number), more=number) == BOTH
-    files = list((tmp_path / "programs").iterdir())
-    for path in files:
-        os.utime(path, (1, 1))
-    assert call(Part(2.0), more=2.0) == NEITHER
-    monkeypatch.setattr(programs, "MAX_BYTES", sum(path.stat().st_size for path in files) - 1)
+        files.append(set(folder.iterdir()).difference(*files))
+        for path in files[-1]:
+            os.utime(path, (number, number))
+    assert call(Part(1.0), more=1.0) == NEITHER
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    monkeypatch.setattr(programs, "MAX_BYTES", size)
     assert call(Part(4.0), more=4.0) == BOTH
-    assert call(Part(2.0), more=2.0) == NEITHER
-    assert call(Part(4.0), more=4.0) == NEITHER
-    assert BOTH in (call(Part(1.0), more=1.0), call(Part(3.0), more=3.0))
+    assert files[0] <= set(folder.iterdir())
+    assert not files[1] & set(folder.iterdir())
+    assert call(Part(1.0), more=1.0) == call(Part(4.0), more=4.0) == NEITHER
+    assert call(Part(2.0), more=2.0) == BOTH
 
 
 RUN = """
