@@ -105,6 +105,22 @@ def test_what_is_made_of_the_same_is_read(call, tmp_path):
     assert {path.suffix for path in paths} == {".key", ".program"}
 
 
+def test_what_is_read_takes_the_buffers_that_are_given_to_it(call):
+    partitioner = Partitioner(data=2, fsdp=2, model=2)
+    for _ in range(2):
+
+        def doubled(x):
+            return x * 2
+
+        jitted = jax.jit(doubled, donate_argnums=0, out_shardings=partitioner.batch_sharding)
+        kept = programs.Kept(jitted, partitioner)
+        x = jax.device_put(jnp.ones((8, 8)), partitioner.batch_sharding)
+        y = kept(x)
+        assert x.is_deleted()
+        assert y.sharding == partitioner.batch_sharding
+        assert kept(y).sum() == 4 * 64
+
+
 def test_without_a_folder_nothing_is_kept(call, tmp_path):
     programs.keep_in(None)
     assert call(Part()) == call(Part()) == BOTH
