@@ -5,12 +5,13 @@ traced and lowered anew in every process. Here it is known by all that its text 
 
     the sources of this package and of every other loaded module that is not an installed one;
     the versions of Python, jax, jaxlib, Flax, Optax, NumPy and of the devices' own compiler;
-    jax's configuration, and the environment's variables for jax and XLA;
+    jax's and Flax's configuration, and the environment's variables for them and for XLA;
     the devices; the arguments' shapes, dtypes and shardings;
     the values that the function was made with, field by field.
 
-A value of which that can't be said (a lambda, an array, an object whose class has no source) leaves
-its program out: it is traced as ever. So is a run of several processes.
+What can't be told in this way leaves its program out, which is then traced as ever: a lambda, an
+array, an object whose class is neither this package's nor of those libraries, sources that have
+changed since this process read them, and a run of several processes.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import functools
 import hashlib
 import os
 import pickle
+import re
 import sys
 import sysconfig
 import threading
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FunctionType
@@ -39,6 +42,7 @@ from absl import logging
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+import t5x_lite
 from t5x_lite import compilation
 from t5x_lite.sharding import Partitioner
 
@@ -46,9 +50,21 @@ MAX_BYTES: Final = 2**30  # of all that is kept; what was read longest ago goes 
 READ: Final = "/t5x_lite/programs/read"  # jax.monitoring's event for each that was
 _PACKAGE: Final = Path(__file__).resolve().parent
 _LIBRARIES: Final = {m.__name__: m.__version__ for m in (jax, jaxlib, flax, optax, np)}
-_PREFIXES: Final = ("JAX_", "XLA_", "TF_", "LIBTPU_", "TPU_", "CUDA_", "NVIDIA_", "ROCM_", "NPROC")
+_PREFIXES: Final = (
+    "JAX_",
+    "FLAX_",
+    "XLA_",
+    "TF_",
+    "LIBTPU_",
+    "TPU_",
+    "CUDA_",
+    "NVIDIA_",
+    "ROCM_",
+    "NPROC",
+)
 _OF_CACHES: Final = ("jax_compilation_cache_", "jax_persistent_cache_")
 
+_ADDRESS: Final = re.compile(r"\b0x[0-9a-f]+")  # in the text of a jaxpr: of functions
 _PYTHON: Final = tuple(f"{sysconfig.get_path(x)}{os.sep}" for x in ("stdlib", "platstdlib"))
 
 _folder: Path | None = None  # None: nothing is kept
@@ -105,33 +121,37 @@ class Kept:
 
     def compiled(self, *args: Any, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
         """The program for arguments, which may be shape structs; `options` are the compiler's."""
+        folder = _folder
         try:
-            if _folder is None or not self._is_kept:
+            if folder is None or not self._is_kept:
                 raise _UntoldError("nothing is kept, or not for these devices")
-            kinds = [_kinds(args), options]
             where = [self._partitioner, self._partitioner.mesh]
-            made_of = _digest([_around(), _sources(), where, self._parts, kinds])
-        except _UntoldError as error:
+            around, sources, kinds = _around(), _sources(), [_kinds(args), options]
+            made_of = _digest([around, sources, where, self._parts, kinds])
+        except Exception as error:  # a module or value of the user's may be as odd as it likes
             logging.debug("traced and lowered: %s", error)
             return self._jitted.lower(*args).compile(compiler_options=options)
         name, devices = self._jitted.__name__, tuple(self._partitioner.mesh.devices.flat)
-        pointer = _folder / f"{name}-{made_of}.key"
-        found = _load(pointer, devices)
+        pointer = folder / f"{name}-{made_of}.key"
+        found = _load(_target(pointer), devices)
         if found is not None:
             return found
-        lowered = self._jitted.lower(*args)
-        # Other sources, or other parts, may give the same program.
-        same = _digest([_around(), where[1], kinds, lowered.as_text()])
-        path = _folder / f"{name}-{same}.program"
-        _write(pointer, path.name.encode())
-        found = _load(pointer, devices)
-        if found is not None and found.out_tree == lowered.out_tree:
-            return found
-        _here.read = False
-        compiled = lowered.compile(compiler_options=options)
-        if not _here.read:  # what jax has read back XLA:CPU can't write whole again
-            _save(path, compiled)
-        return compiled
+        traced = self._jitted.trace(*args)
+        lowered = traced.lower()
+        # Other sources, or other parts, may give the same program. Its text alone leaves out which
+        # arguments it was found not to need.
+        text = [_ADDRESS.sub("", str(traced.jaxpr)), lowered.as_text()]
+        path = folder / f"{name}-{_digest([around, where[1], kinds, text])}.program"
+        found = _load(path, devices)
+        if found is None or found.out_tree != lowered.out_tree:
+            _here.read = False
+            found = lowered.compile(compiler_options=options)
+            if _here.read:  # by jax: what XLA:CPU has read back it can't write whole again
+                return found
+            _save(path, found, set(devices))
+        if _sources_again() == sources:
+            _write(pointer, path.name.encode())
+        return found
 
     @functools.cached_property
     def _is_kept(self) -> bool:
@@ -143,41 +163,54 @@ class Kept:
 # Programs on disk
 
 
-def _load(pointer: Path, devices: tuple[jax.Device, ...]) -> jax.stages.Compiled | None:
-    """The program that a pointer names; None: there is none that can be read."""
+def _target(pointer: Path) -> Path | None:
+    """The program that a pointer names."""
     try:
         path = pointer.with_name(pointer.read_text(encoding="utf-8"))
+        os.utime(pointer)
+    except (OSError, ValueError):
+        return None
+    return path
+
+
+def _load(path: Path | None, devices: tuple[jax.Device, ...]) -> jax.stages.Compiled | None:
+    """A kept program; None: there is none that can be read."""
+    if path is None or not path.is_file():
+        return None
+    try:
         if path.stat().st_uid != os.getuid():  # to read a program is to run it
-            raise PermissionError(f"{path} is another user's")
-        payload, arguments, results = pickle.loads(path.read_bytes())
+            raise PermissionError("it is another user's")
+        payload, arguments, results = pickle.loads(zlib.decompress(path.read_bytes()))
         found = serialize_executable.deserialize_and_load(
             payload, arguments, results, execution_devices=devices
         )
-    except FileNotFoundError:
+    except Exception as error:  # whatever XLA and pickle make of it
+        logging.warning("%s is made anew, for it can't be read: %s", path, error)
+        with contextlib.suppress(OSError):
+            path.unlink()
         return None
-    except Exception as error:  # whatever XLA and pickle make of a file that is cut short
-        logging.warning("a kept program is made anew, for it can't be read: %s", error)
-        return None
-    with contextlib.suppress(OSError):  # another process has pruned them
-        os.utime(pointer)
+    with contextlib.suppress(OSError):  # another process has pruned it
         os.utime(path)
     jax.monitoring.record_event(READ)
     return found
 
 
-def _save(path: Path, compiled: jax.stages.Compiled) -> None:
+def _save(path: Path, compiled: jax.stages.Compiled, devices: set[jax.Device]) -> None:
+    if any(at.device_set != devices for at in jax.tree.leaves(compiled.output_shardings)):
+        logging.info("%s is not kept: it is not of all devices", path.name)
+        return
     try:
         kept = pickle.dumps(serialize_executable.serialize(compiled))
     except Exception as error:  # not every backend's can be, and none that calls Python back
         logging.info("%s is not kept: %s", path.name, error)
         return
-    _write(path, kept)
+    _write(path, zlib.compress(kept, 1))  # with a checksum
     _prune(path.parent)
 
 
 def _write(path: Path, data: bytes) -> None:
     """A file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
         partial.write_bytes(data)
@@ -227,7 +260,7 @@ def _lines(value: Any) -> Iterator[str]:
         yield f"{kind.__name__} {value!r}"
     elif isinstance(value, type | FunctionType):
         yield _name(value)
-    elif dataclasses.is_dataclass(value):
+    elif "__dataclass_fields__" in vars(kind):
         yield _name(kind)
         for field in dataclasses.fields(value):
             yield field.name
@@ -244,15 +277,12 @@ def _lines(value: Any) -> Iterator[str]:
 
 
 def _name(value: Any) -> str:
-    """Of a class or function whose source is told. Raises `_UntoldError` for any other."""
-    module, path = value.__module__, value.__qualname__
+    """Of a class or function of this package's or a known library's. Raises `_UntoldError`."""
+    module, path = value.__module__ or "", value.__qualname__
     found: Any = sys.modules.get(module)
     for part in path.split("."):
         found = getattr(found, part, None)
-    top = module.partition(".")[0]
-    file = getattr(sys.modules.get(module), "__file__", None)
-    known = module == "builtins" or (file and (top in _LIBRARIES or not _is_installed(file)))
-    if found is not value or not (known or top == __package__):
+    if found is not value or module.partition(".")[0] not in (*_LIBRARIES, "builtins", __package__):
         raise _UntoldError(f"{module}.{path}")
     return f"{module}.{path}"
 
@@ -276,7 +306,8 @@ def _around() -> dict[str, Any]:
     return {
         "versions": [sys.version, _LIBRARIES, devices[0].client.platform_version],
         "processor": compilation.processor(),
-        "config": {key: value for key, value in config.items() if not key.startswith(_OF_CACHES)},
+        "jax": {key: value for key, value in config.items() if not key.startswith(_OF_CACHES)},
+        "flax": [str(getattr(flax.config, x)) for x in dir(flax.config) if x.startswith("flax_")],
         "environment": {
             key: value
             for key, value in environment.items()
@@ -289,32 +320,37 @@ def _around() -> dict[str, Any]:
     }
 
 
-def _sources() -> list[str]:
-    """Digests of this package and of the other loaded modules that are not installed ones."""
-    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    others = sorted(f for f in files if f and not _is_installed(f) and not _is_ours(f))
-    try:
-        digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in others]
-    except OSError as error:
-        raise _UntoldError(f"{error}") from error
-    return [_package_digest(), *digests]
+def _sources() -> str:
+    """A digest of this package and of the other loaded modules that are not installed ones.
 
-
-@functools.cache
-def _package_digest() -> str:
+    Raises `_UntoldError` if one has changed since, or may have: it isn't what this process runs.
+    """
+    loaded = [getattr(module, "__dict__", {}).get("__file__") for module in [*sys.modules.values()]]
+    others = {str(file) for file in loaded if file and not _is_installed(str(file))}
+    ours = [str(path) for path in sorted(_PACKAGE.rglob("*.py"))]
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(f"{path.relative_to(_PACKAGE)}\n".encode() + path.read_bytes())
+    for file in [*ours, *sorted(others - set(ours))]:
+        if os.stat(file).st_ctime > t5x_lite.BEGAN - 1:  # a file's clock may be behind by a little
+            raise _UntoldError(f"{file} has changed since this process began")
+        digest.update(f"{os.path.relpath(file, _PACKAGE)} {_content(file)}\n".encode())
     return digest.hexdigest()
 
 
-def _is_ours(file: str) -> bool:
-    return file.startswith(f"{_PACKAGE}{os.sep}")
+def _sources_again() -> str | None:
+    """As they are after tracing, which may have loaded more."""
+    with contextlib.suppress(OSError, _UntoldError):
+        return _sources()
+    return None
+
+
+@functools.cache
+def _content(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 @functools.cache
 def _is_installed(file: str) -> bool:
-    """Python's own, or of a package with a version; this one counts as its sources."""
+    """Python's own, or of a package with a version."""
     if any(f"{os.sep}{name}{os.sep}" in file for name in ("site-packages", "dist-packages")):
-        return not _is_ours(file)
+        return True
     return file.startswith(_PYTHON)

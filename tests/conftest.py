@@ -11,9 +11,10 @@ import grain  # noqa: E402, F401
 import jax  # noqa: E402 (after the flags it reads)
 import pytest  # noqa: E402
 
-from t5x_lite import aside  # noqa: E402
+from t5x_lite import aside, compilation, programs  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+programs.keep = compilation.keep_compiled  # tests patch functions, of which a key knows nothing
 
 
 @pytest.fixture(autouse=True)

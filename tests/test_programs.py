@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
+import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import t5x_lite
 from t5x_lite import programs, registry
 from t5x_lite.peft.compose import Compose
 from t5x_lite.peft.lora import LoRA
 from t5x_lite.peft.quantise import Quantise
 from t5x_lite.sharding import Partitioner
+from t5x_lite.train.losses import by_sequence
 from t5x_lite.train.optim import Adafactor, AdamW, Lion
 from t5x_lite.train.schedules import FactorSchedule
+from t5x_lite.train.step import Loss
 from t5x_lite.types import InputError
 from tests import common, xla
 
@@ -33,13 +38,6 @@ ADAM = AdamW(FactorSchedule("constant", base_learning_rate=0.3))
 BOTH = ("traced", "compiled")
 TRACED = ("traced",)  # found by its text
 NEITHER = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Of this module, whose source is told."""
-
-    value: object = 1.0
 
 
 @contextlib.contextmanager
@@ -61,7 +59,18 @@ def jaxs_cache(folder):
 
 
 @pytest.fixture
-def call(tmp_path):
+def kept(tmp_path):
+    """Has programs kept in `programs`, and none by jax."""
+    programs.keep_in(tmp_path / "programs")
+    try:
+        with jaxs_cache(None):
+            yield
+    finally:
+        programs.keep_in(None)
+
+
+@pytest.fixture
+def call(kept):
     """Makes a program, calls it, checks its result and says what had to be done for it.
 
     As in a process of its own: the function is a new one each time.
@@ -88,24 +97,21 @@ def call(tmp_path):
         return tuple(done)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    programs.keep_in(tmp_path / "programs")
     try:
-        with jaxs_cache(None):
-            yield call
+        yield call
     finally:
-        programs.keep_in(None)
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_what_is_made_of_the_same_is_read(call, tmp_path):
-    assert call(Part(), ADAM) == BOTH
-    assert call(Part(), dataclasses.replace(ADAM)) == NEITHER
+    assert call(1.0, ADAM) == BOTH
+    assert call(1.0, dataclasses.replace(ADAM)) == NEITHER
     paths = list((tmp_path / "programs").iterdir())
     assert {path.name.partition("-")[0] for path in paths} == {"summed"}
     assert {path.suffix for path in paths} == {".key", ".program"}
 
 
-def test_what_is_read_takes_the_buffers_that_are_given_to_it(call):
+def test_what_is_read_takes_the_buffers_that_are_given_to_it(kept):
     partitioner = Partitioner(data=2, fsdp=2, model=2)
     for _ in range(2):
 
@@ -123,35 +129,56 @@ def test_what_is_read_takes_the_buffers_that_are_given_to_it(call):
 
 def test_without_a_folder_nothing_is_kept(call, tmp_path):
     programs.keep_in(None)
-    assert call(Part()) == call(Part()) == BOTH
+    assert call() == call() == BOTH
     assert not (tmp_path / "programs").exists()
 
 
 @pytest.mark.parametrize(
     "changed",
-    [
-        Part(2.0),
-        Part(1),  # is not 1.0
-        Part("1.0"),
-        Part((1.0,)),
-        Part({"a": 1.0}),
-        Part(None),
-        Part(np.float32(1.0)),
-        Part(jnp.float32),
-        Part(Part()),
-    ],
+    [2.0, 1, "1.0", (1.0,), [1.0], {"a": 1.0}, None, True, np.float32(1.0), jnp.float32, ADAM],
 )
 def test_another_part_is_another_program(call, changed):
-    assert call(Part()) == BOTH
+    assert call(1.0) == BOTH
     assert call(changed, more=7.0) == BOTH
     assert call(changed, more=7.0) == NEITHER
-    assert call(Part()) == NEITHER
+    assert call(1.0) == NEITHER
+
+
+def test_any_field_of_a_part_is_told(call):
+    assert call((ADAM, Loss())) == BOTH
+    rate = dataclasses.replace(ADAM.learning_rate, base_learning_rate=0.2)
+    changed = (
+        (dataclasses.replace(ADAM, learning_rate=rate), Loss()),
+        (dataclasses.replace(ADAM, clip_norm=3.0), Loss()),
+        (ADAM, Loss(label_smoothing=0.1)),
+        (ADAM, Loss(normalisation=by_sequence)),
+    )
+    for number, part in enumerate(changed, start=1):
+        assert call(part, more=float(number)) == BOTH
 
 
 def test_another_part_may_have_the_same_program(call):
-    assert call(Part()) == BOTH
-    assert call(Part(2.0)) == TRACED
-    assert call(Part(2.0)) == NEITHER
+    assert call(1.0) == BOTH
+    assert call(2.0) == TRACED
+    assert call(2.0) == NEITHER
+
+
+def test_a_program_that_needs_another_argument_is_another_program(kept):
+    """jax leaves out what it doesn't need: text and arguments of these two are alike."""
+    x = {"a": jnp.ones(4), "b": jnp.full(4, 10.0)}
+
+    def of_a(x):
+        return x["a"] * 2
+
+    def of_b(x):
+        return x["b"] * 2
+
+    for _ in range(2):
+        for part, function in enumerate((of_a, of_b)):
+            function.__name__ = "needs"
+            jitted = jax.jit(function, out_shardings=Partitioner().replicated)
+            found = programs.Kept(jitted, Partitioner(), part)(x)
+            assert found.tolist() == [(2.0, 20.0)[part]] * 4
 
 
 def test_arguments_meshes_and_jax_itself_are_told(call, monkeypatch):
@@ -166,6 +193,8 @@ def test_arguments_meshes_and_jax_itself_are_told(call, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + " --xla_cpu_enable_fast_math=true")
     assert call() == BOTH
     monkeypatch.undo()
+    with flax.config.temp_flip_flag("fix_rng_separator", not flax.config.flax_fix_rng_separator):
+        assert call() == BOTH
     monkeypatch.setitem(programs._LIBRARIES, "flax", "0.0.1")
     assert call() == BOTH
     monkeypatch.undo()
@@ -174,43 +203,109 @@ def test_arguments_meshes_and_jax_itself_are_told(call, monkeypatch):
 
 def test_other_sources_are_told(call, tmp_path, monkeypatch):
     assert call() == BOTH
-    monkeypatch.setattr(programs, "_package_digest", lambda: "changed")
+    monkeypatch.setattr(programs, "_sources", lambda: "changed")
     assert call() == TRACED
     monkeypatch.undo()
     assert call() == NEITHER
 
-    # A user's module, which may have had a hand in anything.
-    monkeypatch.syspath_prepend(tmp_path)
-    source = tmp_path / "users_own.py"
-    source.write_text("import dataclasses\n\n@dataclasses.dataclass\nclass Own:\n    value: int\n")
-    module = importlib.import_module("users_own")
-    monkeypatch.setitem(sys.modules, "users_own", module)
-    assert call(module.Own(3)) == TRACED
-    assert call(module.Own(3)) == NEITHER
-    source.write_text(source.read_text() + "# changed\n")
-    assert call(module.Own(3)) == TRACED
+
+def users(folder, monkeypatch, name, text="value = 1\n"):
+    """A module of the user's, which may have had a hand in anything."""
+    module = types.ModuleType(name)
+    module.__file__ = str(folder / f"{name}.py")
+    Path(module.__file__).write_text(text)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_a_users_modules_are_told(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(t5x_lite, "BEGAN", math.inf)
+    assert call() == BOTH
+    users(tmp_path, monkeypatch, "users_own")
+    assert call() == TRACED
+    assert call() == NEITHER
+    (tmp_path / "users_own.py").write_text("value = 2\n")
+    programs._content.cache_clear()
+    assert call() == TRACED
+    monkeypatch.delitem(sys.modules, "users_own")
+    assert call() == NEITHER
+
+
+def test_sources_that_may_have_changed_since_they_were_read_are_not_told(
+    call, tmp_path, monkeypatch
+):
+    users(tmp_path, monkeypatch, "users_own")
+    assert call() == call() == BOTH
+    assert not (tmp_path / "programs").exists()
+
+
+def test_modules_that_are_loaded_by_tracing_are_not_told(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(t5x_lite, "BEGAN", math.inf)
+
+    def load(x):
+        users(tmp_path, monkeypatch, "users_late")
+
+    assert call(also=load) == BOTH
+    assert not list((tmp_path / "programs").glob("*.key"))
+    monkeypatch.delitem(sys.modules, "users_late")
+    assert call(also=load) == TRACED
+
+
+def test_odd_modules_do_no_harm(call, monkeypatch):
+    class Lazy(types.ModuleType):
+        def __getattr__(self, name):
+            raise ImportError("a dependency is missing")
+
+    with_path = types.ModuleType("with_path")
+    with_path.__file__ = Path(__file__)
+    for name, module in (("lazy", Lazy("lazy")), ("with_path", with_path), ("nothing", None)):
+        monkeypatch.setitem(sys.modules, name, module)
+    assert call() == BOTH
+    assert call() == NEITHER
 
 
 def test_the_package_is_told_by_its_sources(tmp_path, monkeypatch):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.py").write_text("one")
     monkeypatch.setattr(programs, "_PACKAGE", tmp_path)
-    digest = programs._package_digest.__wrapped__
-    first = digest()
-    assert digest() == first
-    (tmp_path / "inner" / "a.py").write_text("two")
-    assert digest() != first
+    monkeypatch.setattr(t5x_lite, "BEGAN", math.inf)
+    found = []
+    for text in ("one", "one", "two"):
+        programs._content.cache_clear()
+        (tmp_path / "inner" / "a.py").write_text(text)
+        found.append(programs._sources())
+    (tmp_path / "inner" / "b.py").write_text("one")
+    assert found[0] == found[1]
+    assert len({*found, programs._sources()}) == 3
 
 
-@pytest.mark.parametrize("value", [lambda x: x, np.ones(2), object(), {1, 2}, Path("a")])
+def nameless(x):
+    return x
+
+
+nameless.__module__ = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Users:
+    """Of a class whose code may depend on anything."""
+
+    value: object = 1.0
+
+
+class Derived(LoRA):
+    """A dataclass by inheritance alone, whose fields are not all there is to it."""
+
+
+Derived.__module__ = LoRA.__module__
+
+
+@pytest.mark.parametrize(
+    "value",
+    [lambda x: x, nameless, np.ones(2), object(), {1, 2}, Path("a"), Users(), Users, Derived()],
+)
 def test_what_can_not_be_told_is_traced_each_time(call, tmp_path, value):
-    assert call(Part(value)) == call(Part(value)) == BOTH
+    assert call([value]) == call([value]) == BOTH
     assert not (tmp_path / "programs").exists()
-
-
-def test_classes_without_a_source_can_not_be_told(call):
-    inner = dataclasses.make_dataclass("Inner", [("value", int)])
-    assert call(inner(1)) == call(inner(1)) == BOTH
 
 
 def test_what_runs_are_made_of_can_be_told():
@@ -227,6 +322,14 @@ def test_what_runs_are_made_of_can_be_told():
     told += [programs._digest(config) for config in common.FAMILIES.values()]
     told.append(programs._digest(Compose((LoRA(), Quantise()))))
     assert len(set(told)) == len(told) > 25
+
+
+def test_a_program_of_some_devices_is_not_kept(kept, tmp_path):
+    """Where it would be read back for all."""
+    for _ in range(2):
+        found = programs.Kept(jax.jit(lambda x: x + 1), Partitioner())(jnp.ones(3))
+        assert found.tolist() == [2.0] * 3
+    assert not list((tmp_path / "programs").glob("*.program"))
 
 
 def test_a_program_that_calls_back_is_not_kept(call):
@@ -255,7 +358,7 @@ def test_what_can_not_be_read_is_made_anew(call, tmp_path, monkeypatch, caplog):
         path.write_bytes(damaged)
         caplog.clear()
         assert call() == BOTH
-        assert "made anew" in caplog.text
+        assert caplog.text.count("made anew") == 1
         assert call() == NEITHER  # written again
     path.unlink()
     assert call() == BOTH
@@ -279,18 +382,18 @@ def test_a_full_disk_costs_nothing_but_the_program(call, tmp_path, monkeypatch, 
 def test_what_was_read_longest_ago_goes_first(call, tmp_path, monkeypatch):
     folder, files = tmp_path / "programs", []
     for number in (1.0, 2.0, 3.0):
-        assert call(Part(number), more=number) == BOTH
+        assert call(number, more=number) == BOTH
         files.append(set(folder.iterdir()).difference(*files))
         for path in files[-1]:
             os.utime(path, (number, number))
-    assert call(Part(1.0), more=1.0) == NEITHER
+    assert call(1.0, more=1.0) == NEITHER
     size = sum(path.stat().st_size for path in folder.iterdir())
     monkeypatch.setattr(programs, "MAX_BYTES", size)
-    assert call(Part(4.0), more=4.0) == BOTH
+    assert call(4.0, more=4.0) == BOTH
     assert files[0] <= set(folder.iterdir())
-    assert not files[1] & set(folder.iterdir())
-    assert call(Part(1.0), more=1.0) == call(Part(4.0), more=4.0) == NEITHER
-    assert call(Part(2.0), more=2.0) == BOTH
+    assert not any(path.suffix == ".program" and path.exists() for path in files[1])
+    assert call(1.0, more=1.0) == call(4.0, more=4.0) == NEITHER
+    assert call(2.0, more=2.0) == BOTH
 
 
 RUN = """
