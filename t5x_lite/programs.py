@@ -78,12 +78,12 @@ class _UntoldError(Exception):
 def keep() -> None:
     """Has this process keep what it compiles: see `compilation.keep_compiled`, and here.
 
-    Here in `programs` of the folder where jax does, if it does and the folder is a local one.
+    Here in `programs-<user>` of the folder where jax does, if it does and that is a local one.
     """
     compilation.keep_compiled()
     base = jax.config.jax_compilation_cache_dir
     if base and "://" not in base and jax.config.jax_enable_compilation_cache:
-        keep_in(Path(base) / "programs")
+        keep_in(Path(base) / f"programs-{os.getuid()}")
 
 
 def keep_in(folder: Path | None) -> None:
@@ -133,7 +133,8 @@ class Kept:
             return self._jitted.lower(*args).compile(compiler_options=options)
         name, devices = self._jitted.__name__, tuple(self._partitioner.mesh.devices.flat)
         pointer = folder / f"{name}-{made_of}.key"
-        found = _load(_target(pointer), devices)
+        target = _target(pointer)
+        found = None if target is None else _load(target, devices)
         if found is not None:
             return found
         traced = self._jitted.trace(*args)
@@ -173,13 +174,16 @@ def _target(pointer: Path) -> Path | None:
     return path
 
 
-def _load(path: Path | None, devices: tuple[jax.Device, ...]) -> jax.stages.Compiled | None:
+def _load(path: Path, devices: tuple[jax.Device, ...]) -> jax.stages.Compiled | None:
     """A kept program; None: there is none that can be read."""
-    if path is None or not path.is_file():
+    try:
+        owner = path.stat().st_uid
+    except OSError:
+        return None
+    if owner != os.getuid():  # to read a program is to run it
+        logging.warning("%s is made anew, for it is another user's", path)
         return None
     try:
-        if path.stat().st_uid != os.getuid():  # to read a program is to run it
-            raise PermissionError("it is another user's")
         payload, arguments, results = pickle.loads(zlib.decompress(path.read_bytes()))
         found = serialize_executable.deserialize_and_load(
             payload, arguments, results, execution_devices=devices

@@ -59,8 +59,12 @@ def jaxs_cache(folder):
 
 
 @pytest.fixture
-def kept(tmp_path):
+def kept(tmp_path, monkeypatch):
     """Has programs kept in `programs`, and none by jax."""
+    for name, module in list(sys.modules.items()):  # what tests before have loaded and changed
+        file = str(getattr(module, "__dict__", {}).get("__file__") or "")
+        if file and not file.startswith(f"{ROOT}{os.sep}") and not programs._is_installed(file):
+            monkeypatch.delitem(sys.modules, name)
     programs.keep_in(tmp_path / "programs")
     try:
         with jaxs_cache(None):
