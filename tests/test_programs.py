@@ -43,15 +43,19 @@ NEITHER = ()
 @contextlib.contextmanager
 def jaxs_cache(folder):
     """jax's own cache in a folder; None: without it."""
-    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
-    before = {name: getattr(jax.config, name) for name in names}
+    values = {
+        "jax_enable_compilation_cache": folder is not None,
+        "jax_compilation_cache_dir": None if folder is None else str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
 
     def update(values):
         for name, value in values.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()  # else jax goes by what it was at first
 
-    update(dict(zip(names, (folder is not None, folder and str(folder)), strict=True)))
+    update(values)
     try:
         yield
     finally:
@@ -59,17 +63,15 @@ def jaxs_cache(folder):
 
 
 @pytest.fixture
-def kept(tmp_path, monkeypatch):
+def kept(tmp_path):
     """Has programs kept in `programs`, and none by jax."""
-    for name, module in list(sys.modules.items()):  # what tests before have loaded and changed
-        file = str(getattr(module, "__dict__", {}).get("__file__") or "")
-        if file and not file.startswith(f"{ROOT}{os.sep}") and not programs._is_installed(file):
-            monkeypatch.delitem(sys.modules, name)
-    programs.keep_in(tmp_path / "programs")
-    try:
-        with jaxs_cache(None):
-            yield
-    finally:
+    with pytest.MonkeyPatch.context() as patch, jaxs_cache(None):
+        for name, module in list(sys.modules.items()):  # what tests before have loaded and changed
+            file = str(getattr(module, "__dict__", {}).get("__file__") or "")
+            if file and not file.startswith(f"{ROOT}{os.sep}") and not programs._is_installed(file):
+                patch.delitem(sys.modules, name)
+        programs.keep_in(tmp_path / "programs")
+        yield
         programs.keep_in(None)
 
 
