@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 
@@ -175,3 +176,19 @@ def random_batch(
             types.DECODER_SEGMENT_IDS: ids,
         }
     return batch
+
+
+@contextlib.contextmanager
+def compiled():
+    """Names of the programs that XLA is asked for inside, in order."""
+    names: list[str] = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event.endswith("backend_compile_duration"):
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

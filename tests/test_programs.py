@@ -81,32 +81,24 @@ def call(kept):
 
     As in a process of its own: the function is a new one each time.
     """
-    done: list[str] = []
-
-    def listen(event, seconds, fun_name="", **_):
-        if event.endswith("backend_compile_duration") and "summed" in fun_name:
-            done.append("compiled")
 
     def call(*parts, partitioner=Partitioner(), length=8, more=0.0, also=None):
-        done.clear()
+        traced = []
 
         def summed(x):
-            done.append("traced")
+            traced.append(x)
             if also is not None:
                 also(x)
             return {"sum": jnp.sum(x * 2.0) + more}
 
         x = jax.device_put(jnp.arange(float(length))[:, None], partitioner.batch_sharding)
         jitted = jax.jit(summed, out_shardings=partitioner.replicated)
-        result = programs.Kept(jitted, partitioner, *parts)(x)
+        with common.compiled() as names:
+            result = programs.Kept(jitted, partitioner, *parts)(x)
         assert result["sum"] == length * (length - 1) + more
-        return tuple(done)
+        return ("traced",) * len(traced) + ("compiled",) * names.count("jit(summed)")
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield call
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    return call
 
 
 def test_what_is_made_of_the_same_is_read(call, tmp_path):
@@ -119,9 +111,11 @@ def test_what_is_made_of_the_same_is_read(call, tmp_path):
 
 def test_what_is_read_takes_the_buffers_that_are_given_to_it(kept):
     partitioner = Partitioner(data=2, fsdp=2, model=2)
+    traced = []
     for _ in range(2):
 
         def doubled(x):
+            traced.append(x)
             return x * 2
 
         jitted = jax.jit(doubled, donate_argnums=0, out_shardings=partitioner.batch_sharding)
@@ -131,6 +125,7 @@ def test_what_is_read_takes_the_buffers_that_are_given_to_it(kept):
         assert x.is_deleted()
         assert y.sharding == partitioner.batch_sharding
         assert kept(y).sum() == 4 * 64
+    assert len(traced) == 1  # the second was read
 
 
 def test_without_a_folder_nothing_is_kept(call, tmp_path):
@@ -414,7 +409,8 @@ programs.keep()
 asked = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, fun_name="", **_:
-        event.endswith("backend_compile_duration") and asked.append(fun_name))
+        event.endswith(("backend_compile_duration", "jaxpr_trace_duration"))
+        and asked.append(fun_name))
 folder, data, steps = sys.argv[1:]
 loop.train(**harness.tiny_run(
     folder, data, total_steps=int(steps), partitioner=Partitioner(data=2, fsdp=2, model=2)))
@@ -440,10 +436,10 @@ def test_a_second_start_traces_none_of_its_programs(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         return set(json.loads(done.stdout.splitlines()[-1]))
 
-    large = {"jit(init)", "jit(train_step)", "jit(score)"}
-    first = start("a", 6, "cache")
-    assert large <= first
-    assert not (start("b", 6, "cache") & {"jit(train_step)", "jit(score)"})
+    steps = {"train_step", "score", "jit(train_step)", "jit(score)"}  # traced, and compiled
+    large = {"jit(init)", *steps}
+    assert large <= start("a", 6, "cache")
+    assert not (start("b", 6, "cache") & steps)
     assert not (start("b", 10, "cache") & large)
     # As a run that has never been stopped, and kept nothing.
     whole = start("c", 10, "other")

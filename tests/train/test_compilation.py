@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 
-import jax
 import pytest
 
 from t5x_lite.train import loop
@@ -15,25 +13,10 @@ from t5x_lite.train.schedules import FactorSchedule
 from t5x_lite.train.session import Session
 from t5x_lite.train.writers import read_jsonl
 from t5x_lite.types import InputError
+from tests.common import compiled
 from tests.train import harness
 
 FIRST_BATCH = "the first batch"
-
-
-@contextlib.contextmanager
-def compiled():
-    """Names of the programs that XLA is asked for inside, in order."""
-    names: list[str] = []
-
-    def listen(event, seconds, fun_name="", **_):
-        if event.endswith("backend_compile_duration"):
-            names.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_run_compiles_its_step_once_and_nothing_between_steps(tmp_path, monkeypatch):
